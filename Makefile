@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else. They set up .venv first.
+# SYSTEM_TORCH=1 takes the torch that PYTHON already has instead of installing one.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a red circle above a blue square
+TEST_WORKERS ?= 2
+
+BIN = $(VENV)/bin
+ifdef SYSTEM_TORCH
+VENV_FLAGS = --system-site-packages
+CONSTRAINTS = $(VENV)/constraints.txt
+else
+CONSTRAINTS = constraints.txt
+endif
+
+.PHONY: demo test style quality build clean
+
+demo: $(VENV)/.core
+	$(BIN)/diffusers-hart generate "$(PROMPT)" -o hart.png --seed 0
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+build: $(VENV)/.dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)/.core: $(VENV)/.venv setup.cfg constraints.txt
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv setup.cfg constraints.txt
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$*]'
+	touch $@
