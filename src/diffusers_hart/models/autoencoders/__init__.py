@@ -1,0 +1,4 @@
+from .autoencoder_hybrid import HybridTokenizer, HybridTokenizerOutput
+
+
+__all__ = ["HybridTokenizer", "HybridTokenizerOutput"]

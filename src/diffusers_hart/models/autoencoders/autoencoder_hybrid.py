@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+@dataclass
+class HybridTokenizerOutput(BaseOutput):
+    """
+    What [`HybridTokenizer.encode`] makes of an image. `L` is the number of tokens of all `K` scales together, `P` the
+    side of the latent.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32):
+            The continuous latent of the encoder.
+        codes (`torch.LongTensor` of shape `(batch_size, L)`):
+            The codes of all scales, coarsest first, each scale row by row.
+        partial_latents (`tuple` of `K` `torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32):
+            The sum of the discrete scales after each scale; the last one is the whole discrete latent.
+        residual (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32):
+            What the discrete scales leave over: `latents` is `partial_latents[-1] + residual`.
+    """
+
+    latents: torch.Tensor
+    codes: torch.LongTensor
+    partial_latents: tuple[torch.Tensor, ...]
+    residual: torch.Tensor
+
+
+class HybridTokenizerPhi(nn.Conv2d):
+    """`(1 - r) * h + r * conv(h)`, the learned correction of an upsampled scale, always in float32."""
+
+    def __init__(self, channels: int, ratio: float):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states.float()
+        convolved = self._conv_forward(hidden_states, self.weight.float(), self.bias.float())
+        return (1 - self.ratio) * hidden_states + self.ratio * convolved
+
+
+@lru_cache
+def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
+    """
+    Which of the shared `phi` corrects which scale: the one whose tick is nearest to `k / (K - 1)`. In float64, since
+    there are near-ties that float32 decides wrongly.
+    """
+    # The pretrained tokenizers were trained with thirds for four phi and with halves for any other number.
+    margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    return tuple(int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1)))) for k in range(num_scales))
+
+
+class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    HART's hybrid tokenizer (section 3.1 of the [paper](https://huggingface.co/papers/2410.10812)): a convolutional
+    autoencoder whose latent is split into the discrete codes of `K` growing scales and a continuous residual.
+
+    It is the only place that knows how a latent is put together from scales: [`~HybridTokenizer.embed`] turns codes
+    into latent vectors, [`~HybridTokenizer.accumulate`] adds a scale to the running latent, and
+    [`~HybridTokenizer.next_scale_input`] makes of that latent what the transformer reads next.
+
+    Images are in [-1, 1]; latents, codes and residuals are handled in float32 whatever the model's dtype.
+
+    Args:
+        in_channels (`int`, defaults to `3`): Channels of the images that are encoded.
+        out_channels (`int`, defaults to `3`): Channels of the images that are decoded.
+        latent_channels (`int`, defaults to `32`): Channels of the latent and width of a code's vector.
+        block_out_channels (`tuple[int, ...]`, defaults to `(160, 160, 320, 320, 640)`):
+            Channels of each resolution level, the finest first. Every level but the last halves the resolution.
+        layers_per_block (`int`, defaults to `2`):
+            Residual blocks a level in the encoder; the decoder has one more.
+        norm_num_groups (`int`, defaults to `32`): Groups of the group norms.
+        codebook_size (`int`, defaults to `4096`): Number of codes.
+        num_phi (`int`, defaults to `4`):
+            Number of corrections that are shared over the scales: `1` for all, the number of scales for one each.
+        phi_ratio (`float`, defaults to `0.5`): Share of the convolution in a correction.
+        scales (`tuple[int, ...]`, defaults to the schedule of 1024 px images):
+            Sides of the scales, in tokens, that are used when a method gets none.
+    """
+
+    _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ["codebook", "phi"]
+    _skip_layerwise_casting_patterns = ["codebook", "phi", "norm"]
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 32,
+        block_out_channels: tuple[int, ...] = (160, 160, 320, 320, 640),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        codebook_size: int = 4096,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+    ):
+        super().__init__()
+        plain_levels = len(block_out_channels) - 1
+        self.encoder = Encoder(
+            in_channels=in_channels,
+            out_channels=latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * plain_levels + ("AttnDownEncoderBlock2D",),
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            double_z=False,
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
+
+        self.codebook = nn.Embedding(codebook_size, latent_channels)
+        self.phi = nn.ModuleList([HybridTokenizerPhi(latent_channels, phi_ratio) for _ in range(num_phi)])
+
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain_levels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+        )
+
+        self.use_slicing = False
+        self.spatial_factor = 2**plain_levels
+
+    @apply_forward_hook
+    def encode(
+        self, images: torch.Tensor, scales: Sequence[int] | None = None, return_dict: bool = True
+    ) -> HybridTokenizerOutput | tuple:
+        r"""
+        Encode images into a latent, the codes of every scale and the continuous residual.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
+            scales (`Sequence[int]`, *optional*): Sides of the scales; the last one must be the side of the latent.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`HybridTokenizerOutput`] or a tuple.
+
+        Returns:
+            [`HybridTokenizerOutput`] or `tuple`.
+
+        Raises:
+            ValueError: If the images do not give a latent of the side of the last scale.
+        """
+        scales = self.config.scales if scales is None else scales
+        side = scales[-1] * self.spatial_factor
+        if images.ndim != 4 or tuple(images.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"`images` of shape {tuple(images.shape)} do not fit the scales {tuple(scales)}: expected "
+                f"(batch_size, {self.config.in_channels}, {side}, {side}). Resize the images or pass other `scales`."
+            )
+        slices = images.split(1) if self.use_slicing else [images]
+        latents = torch.cat([self.quant_conv(self.encoder(image)) for image in slices]).float()
+        codes, partial_latents, residual = self.quantize(latents, scales)
+        if not return_dict:
+            return latents, codes, partial_latents, residual
+        return HybridTokenizerOutput(latents, codes, partial_latents, residual)
+
+    @apply_forward_hook
+    def quantize(
+        self, latents: torch.Tensor, scales: Sequence[int] | None = None, phi_at_last_scale: bool = False
+    ) -> tuple[torch.LongTensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        r"""
+        Split a latent into codes, scale by scale: every scale takes the codes nearest to what is still missing.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`): The latent.
+            scales (`Sequence[int]`, *optional*): Sides of the scales, the last one `P`.
+            phi_at_last_scale (`bool`, defaults to `False`):
+                Whether the last scale is corrected like the others. The tokenizer itself is trained so; the
+                transformer's targets and generation go without.
+
+        Returns:
+            `tuple`: `codes`, `partial_latents` and `residual` as in [`HybridTokenizerOutput`]. Gradients flow into the
+            codebook, the corrections and, through the residual, the latent; the choice of codes has none.
+        """
+        scales = self.config.scales if scales is None else scales
+        rest = latents.float()
+        partial_latents = [torch.zeros_like(rest)]
+        codes = []
+        for k, side in enumerate(scales):
+            codes.append(self._nearest_codes(self._pool(rest, side)))
+            scale_latents = self._spread(self.embed(codes[-1]), k, scales, phi_at_last_scale)
+            partial_latents.append(partial_latents[-1] + scale_latents)
+            rest = rest - scale_latents
+        return torch.cat(codes, dim=1), tuple(partial_latents[1:]), rest
+
+    @apply_forward_hook
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        r"""
+        The latent vectors of codes, or of soft weights over the codebook.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(batch_size, N)` or `torch.Tensor` of shape `(batch_size, N, V)`):
+                Codes, or weights over all `V` codes that sum to one.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, N, latent_channels)`, float32.
+        """
+        if not codes.is_floating_point():
+            return self.codebook(codes).float()
+        return codes.float() @ self._codebook_table(codes.device)
+
+    @apply_forward_hook
+    def accumulate(
+        self, latents: torch.Tensor, code_embeds: torch.Tensor, scale_index: int, scales: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        r"""
+        Add one scale to the running latent.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`): The sum of the scales before.
+            code_embeds (`torch.Tensor` of shape `(batch_size, side * side, latent_channels)`): The scale's vectors.
+            scale_index (`int`): Which scale it is, counted from 0.
+            scales (`Sequence[int]`, *optional*): Sides of the scales.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32.
+        """
+        scales = self.config.scales if scales is None else scales
+        return latents + self._spread(code_embeds, scale_index, scales)
+
+    def next_scale_input(
+        self, latents: torch.Tensor, scale_index: int, scales: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        r"""
+        What the transformer reads at a scale: the running latent of the scales before, pooled to its size.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`): The sum of the scales before.
+            scale_index (`int`): The scale that is to be predicted, counted from 0, at least 1.
+            scales (`Sequence[int]`, *optional*): Sides of the scales.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, side * side, latent_channels)`.
+        """
+        scales = self.config.scales if scales is None else scales
+        return self._pool(latents, scales[scale_index]).flatten(2).transpose(1, 2)
+
+    @apply_forward_hook
+    def latents_from_codes(
+        self, codes: torch.LongTensor, scales: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        r"""
+        The running latents of given codes.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(batch_size, L)`): The codes of all scales.
+            scales (`Sequence[int]`, *optional*): Sides of the scales.
+
+        Returns:
+            `tuple` of `torch.Tensor` of shape `(batch_size, latent_channels, P, P)`: the sum after each scale. The last
+            one decodes to the picture without its residual.
+        """
+        scales = self.config.scales if scales is None else scales
+        latents = codes.new_zeros(len(codes), self.config.latent_channels, scales[-1], scales[-1], dtype=torch.float32)
+        partial_latents = []
+        for k, scale_codes in enumerate(codes.split([side * side for side in scales], dim=1)):
+            latents = self.accumulate(latents, self.embed(scale_codes), k, scales)
+            partial_latents.append(latents)
+        return tuple(partial_latents)
+
+    def scale_inputs(
+        self, partial_latents: Sequence[torch.Tensor], scales: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        r"""
+        What the transformer reads under teacher forcing: the inputs of the scales 1 to K - 1, one after the other.
+
+        Args:
+            partial_latents (`Sequence[torch.Tensor]` of shape `(batch_size, latent_channels, P, P)`):
+                The sum after each scale.
+            scales (`Sequence[int]`, *optional*): Sides of the scales.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, L - 1, latent_channels)`.
+        """
+        scales = self.config.scales if scales is None else scales
+        inputs = [self.next_scale_input(partial_latents[k - 1], k, scales) for k in range(1, len(scales))]
+        return torch.cat(inputs, dim=1)
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        r"""
+        Decode latents into images.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`):
+                Latents in the model's dtype.
+            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` or a tuple.
+
+        Returns:
+            `DecoderOutput` or `tuple`: images of shape `(batch_size, out_channels, height * f, width * f)`, clamped to
+            [-1, 1]; `f` is `spatial_factor`, 16 for the published tokenizer.
+        """
+        slices = latents.split(1) if self.use_slicing else [latents]
+        images = torch.cat([self._decode(latent) for latent in slices]).clamp(-1, 1)
+        if not return_dict:
+            return (images,)
+        return DecoderOutput(sample=images)
+
+    def forward(
+        self, images: torch.Tensor, scales: Sequence[int] | None = None, use_residual: bool = True
+    ) -> DecoderOutput:
+        r"""
+        Reconstruct images.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
+            scales (`Sequence[int]`, *optional*): Sides of the scales; the last one must be the side of the latent.
+            use_residual (`bool`, defaults to `True`):
+                Whether the decoder sees the whole latent or its discrete part alone.
+
+        Returns:
+            `DecoderOutput`: the reconstruction, of the images' shape.
+        """
+        encoded = self.encode(images, scales)
+        latents = encoded.latents if use_residual else encoded.partial_latents[-1]
+        return self.decode(latents.to(images.dtype))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+    def _codebook_table(self, device: torch.device) -> torch.Tensor:
+        # Looked up rather than read from the parameter: offloading brings weights to the device in a module's forward.
+        return self.codebook(torch.arange(self.config.codebook_size, device=device)).float()
+
+    @torch.no_grad()
+    def _nearest_codes(self, latents: torch.Tensor) -> torch.LongTensor:
+        table = self._codebook_table(latents.device)
+        tokens = latents.flatten(2).transpose(1, 2)
+        distances = table.square().sum(-1) - 2 * (tokens @ table.T)  # without the token's own norm: same order
+        return distances.argmin(-1)
+
+    def _pool(self, latents: torch.Tensor, side: int) -> torch.Tensor:
+        return latents if side == latents.shape[-1] else F.interpolate(latents, size=(side, side), mode="area")
+
+    def _spread(
+        self, code_embeds: torch.Tensor, scale_index: int, scales: Sequence[int], phi_at_last_scale: bool = False
+    ) -> torch.Tensor:
+        side, last = scales[scale_index], len(scales) - 1
+        scale_latents = code_embeds.transpose(1, 2).unflatten(2, (side, side)).float()
+        if scale_index < last:
+            scale_latents = F.interpolate(scale_latents, size=(scales[-1], scales[-1]), mode="bicubic")
+        elif not phi_at_last_scale:
+            return scale_latents  # the pretrained transformers saw no phi at the last scale
+        return self.phi[phi_indices(len(scales), self.config.num_phi)[scale_index]](scale_latents)

@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+@dataclass
+class HARTTransformer2DModelOutput(BaseOutput):
+    """
+    Output of [`HARTTransformer2DModel`], for the `N` positions that predict something: the tokens of one scale, or,
+    under teacher forcing, those of all scales (the last one without its dropped tokens).
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, N, codebook_size)`, float32 outside autocast):
+            Scores of the codes.
+        hidden_states (`torch.Tensor` of shape `(batch_size, N, inner_dim)`):
+            The last block's output; [`HARTTransformer2DModel.residual_condition`] takes that of the last scale.
+    """
+
+    logits: torch.Tensor
+    hidden_states: torch.Tensor
+
+
+class HARTKVLayerCache:
+    """Keys and values of one block, in buffers of shape `(batch_size, capacity, heads, head_dim)` filled by index."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens so far, the new ones last. What does not fit the capacity is not kept."""
+        if self.key is None:
+            self.key = key.new_empty(key.shape[0], self.capacity, *key.shape[2:])
+            self.value = value.new_empty(value.shape[0], self.capacity, *value.shape[2:])
+        start, end = self.length, self.length + key.shape[1]
+        if end > self.capacity:  # the last scale: nothing comes after it
+            return torch.cat([self.key[:, :start], key], dim=1), torch.cat([self.value[:, :start], value], dim=1)
+        self.key[:, start:end] = key
+        self.value[:, start:end] = value
+        self.length = end
+        return self.key[:, :end], self.value[:, :end]
+
+
+class HARTKVCache:
+    """
+    What generation carries from scale to scale: the keys and values of every block and what the condition decided
+    once, the modulation of the norms and where the picture's coordinates start. Made empty for each picture, filled by
+    [`HARTTransformer2DModel.forward`], dropped before decoding. The last scale's keys and values are never kept.
+    """
+
+    def __init__(self):
+        self.layers: list[HARTKVLayerCache] = []
+        self.num_scales = 0
+        self.temb: torch.Tensor | None = None
+        self.offset: torch.Tensor | None = None
+
+    def open(self, num_layers: int, capacity: int, temb: torch.Tensor, offset: torch.Tensor):
+        self.layers = [HARTKVLayerCache(capacity) for _ in range(num_layers)]
+        self.num_scales = 0
+        self.temb, self.offset = temb, offset
+
+
+class HARTRotaryPosEmbed:
+    """
+    Rotary embeddings: one-dimensional for text, two-dimensional for the tokens of a scale. Angles are float32; cosines
+    and sines have the shape `(batch_size, tokens, 1, head_dim)` and belong to a rotation of halves, in which element
+    `i` pairs with `i + head_dim / 2`.
+    """
+
+    def __init__(self, head_dim: int, theta: float):
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def text(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles of text tokens at `cumsum(attention_mask) - 1`, from a mask of shape `(batch_size, tokens)`."""
+        positions = (attention_mask.long().cumsum(-1) - 1).float()
+        angles = positions[..., None] * self._frequencies(self.head_dim // 2, positions.device)
+        return self._cos_sin(torch.cat([angles, angles], dim=-1))
+
+    def visual(self, coordinates: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Angles of picture tokens, from rows and columns of shape `(batch_size or 1, tokens, 2)` and the text position
+        `(batch_size,)` that both axes start from.
+        """
+        frequencies = self._frequencies(self.head_dim // 4, coordinates.device)
+        rows, columns = ((coordinates + offset[:, None, None])[..., None] * frequencies).unbind(-2)
+        # The first half of a head turns by its row and its partner in the second half by its column, so this is no
+        # rotation; the pretrained weights were trained with it.
+        return self._cos_sin(torch.cat([rows, rows, columns, columns], dim=-1))
+
+    def _frequencies(self, count: int, device: torch.device) -> torch.Tensor:
+        return self.theta ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
+
+    def _cos_sin(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def scale_coordinates(scales: Sequence[int], scale_index: int, device: torch.device) -> torch.Tensor:
+    """Rows and columns `(side * side, 2)` of a scale's tokens, float32, in tokens of the last scale."""
+    axis = torch.arange(scales[scale_index], device=device, dtype=torch.float32) * (scales[-1] / scales[scale_index])
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def apply_rotary_emb(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = rotary_emb
+    first, second = hidden_states.float().chunk(2, dim=-1)
+    return hidden_states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class HARTRMSNorm(nn.RMSNorm):
+    """RMS norm with float32 statistics; one fused kernel also where autocast meets a float32 weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+class HARTAttnProcessor:
+    """
+    Attention of [`HARTAttention`], causal by scale: with a cache, every token sees all that came before and its own
+    scale; without, `segments` gives the lengths of the text and the scales, and each segment sees itself and those
+    before it.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "HARTAttention",
+        hidden_states: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        segments: Sequence[int] | None = None,
+        kv_cache: HARTKVLayerCache | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (query, key, value))
+
+        if attn.logit_scale is not None:
+            logit_scale = attn.logit_scale.float().clamp(max=math.log(100)).exp()
+            query = F.normalize(query.float(), dim=-1) * logit_scale[:, None]
+            key = F.normalize(key.float(), dim=-1)
+        query = apply_rotary_emb(query, rotary_emb).to(value.dtype)
+        key = apply_rotary_emb(key, rotary_emb).to(value.dtype)
+
+        if kv_cache is not None:
+            key, value = kv_cache.append(key, value)
+        outputs, end = [], key.shape[1] - query.shape[1]
+        for segment in query.split(segments or query.shape[1], dim=1):
+            end += segment.shape[1]
+            output = dispatch_attention_fn(
+                segment,
+                key[:, :end],
+                value[:, :end],
+                scale=attn.softmax_scale,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+            outputs.append(output)
+        hidden_states = torch.cat(outputs, dim=1).flatten(2).to(hidden_states.dtype)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class HARTAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention with biases on query and value but not on key and, optionally, sharpened cosine similarity."""
+
+    _default_processor_cls = HARTAttnProcessor
+    _available_processors = [HARTAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        # exp(logit_scale) is the inverse temperature of a head's cosine similarities; VAR starts it at 4.
+        self.logit_scale = nn.Parameter(torch.full((heads,), math.log(4.0))) if qk_norm else None
+        # A quarter of the usual scale: the pretrained weights without cosine similarity were trained with it.
+        self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(dim // heads)
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, **kwargs)
+
+    @torch.no_grad()
+    def fuse_projections(self):
+        """Join the three projections into `to_qkv`. Unlike the inherited method it knows that keys have no bias."""
+        if self.fused_projections:
+            return
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        bias = torch.cat([self.to_q.bias, torch.zeros_like(self.to_q.bias), self.to_v.bias])
+        self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        self.to_qkv.weight.copy_(weight)
+        self.to_qkv.bias.copy_(bias)
+        self.fused_projections = True
+
+
+class HARTFeedForward(nn.Module):
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        hidden_dim = (int(dim * mlp_ratio * 2 / 3) + 255) // 256 * 256
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class HARTTransformerBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, qk_norm: bool, norm_eps: float, modulated: bool):
+        super().__init__()
+        self.norm = HARTRMSNorm(dim, eps=norm_eps)
+        self.attn = HARTAttention(dim, heads, qk_norm)
+        self.ff = HARTFeedForward(dim, mlp_ratio)
+        self.modulation = nn.Linear(dim, 6 * dim) if modulated else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        temb: torch.Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        kv_cache: HARTKVLayerCache | None = None,
+    ) -> torch.Tensor:
+        # The pretrained weights use one norm weight before the attention and before the MLP.
+        attention = {"rotary_emb": rotary_emb, "segments": segments, "kv_cache": kv_cache}
+        if self.modulation is None:
+            hidden_states = hidden_states + self.attn(self.norm(hidden_states), **attention)
+            return hidden_states + self.ff(self.norm(hidden_states))
+
+        modulation = self.modulation(F.silu(temb))[:, None].chunk(6, dim=-1)
+        attn_gate, ff_gate, attn_scale, ff_scale, attn_shift, ff_shift = modulation
+        attn_output = self.attn(self.norm(hidden_states) * (1 + attn_scale) + attn_shift, **attention)
+        hidden_states = hidden_states + attn_gate * attn_output
+        return hidden_states + ff_gate * self.ff(self.norm(hidden_states) * (1 + ff_scale) + ff_shift)
+
+
+class HARTLevelEmbedding(nn.Module):
+    """Sinusoidal embedding of the index of a scale, through an MLP."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.embedder = TimestepEmbedding(256, dim)
+
+    def forward(self, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.embedder(self.proj(levels).to(dtype))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever its input and its weights are kept in."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+class HARTAdaLayerNormOut(nn.Module):
+    """`norm(x) * (1 + scale) + shift`, scale and shift from the condition, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.norm = HARTRMSNorm(dim, eps=eps)
+        self.linear = Float32Linear(dim, 2 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.linear(F.silu(temb.float()))[:, None].chunk(2, dim=-1)
+        return self.norm(hidden_states.float()) * (1 + scale) + shift
+
+
+class HARTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    r"""
+    The autoregressive transformer over scales of HART ([paper](https://huggingface.co/papers/2410.10812)). It reads a
+    text (or a class) and then the picture at growing scales, and predicts at every scale the codes of all its tokens
+    at once. One class for both kinds of conditioning: `caption_channels` makes a text-to-image model,
+    `num_classes` a class-conditional one, whose blocks are modulated by the class.
+
+    Args:
+        in_channels (`int`, defaults to `32`): Channels of the latent.
+        codebook_size (`int`, defaults to `4096`): Number of codes.
+        num_layers (`int`, defaults to `24`): Number of blocks.
+        num_attention_heads (`int`, defaults to `24`): Number of heads.
+        attention_head_dim (`int`, defaults to `64`): Width of a head, a multiple of 4.
+        mlp_ratio (`float`, defaults to `4.0`):
+            Width of the MLPs of the blocks, relative to a plain two-layer MLP of as many parameters.
+        caption_channels (`int`, *optional*, defaults to `1536`): Width of the text embeddings.
+        caption_length (`int`, defaults to `300`):
+            Number of text tokens the model was trained with; what pipelines pad and cut prompts to.
+        num_classes (`int`, *optional*): Number of classes; one more, the last, stands for "no class".
+        qk_norm (`bool`, defaults to `True`): Whether attention goes by sharpened cosine similarity.
+        num_levels (`int`, *optional*):
+            Size of the table of level embeddings; without it, levels are embedded by an MLP.
+        sample_size (`int`, defaults to `64`): Side of the latents the model was trained on last.
+        norm_eps (`float`, defaults to `1e-6`): Epsilon of the norms.
+        rope_theta (`float`, defaults to `10000.0`): Base of the rotary embeddings.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["HARTTransformerBlock"]
+    _repeated_blocks = ["HARTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "level_embedder", "logit_scale"]
+    _keep_in_fp32_modules = ["norm_out", "proj_out", "logit_scale"]
+    _skip_keys = ["kv_cache"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        codebook_size: int = 4096,
+        num_layers: int = 24,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        caption_channels: int | None = 1536,
+        caption_length: int = 300,
+        num_classes: int | None = None,
+        qk_norm: bool = True,
+        num_levels: int | None = None,
+        sample_size: int = 64,
+        norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__()
+        if (caption_channels is None) == (num_classes is None):
+            raise ValueError(
+                f"Either `caption_channels` or `num_classes` must be given, not {caption_channels=} and {num_classes=}."
+            )
+        if attention_head_dim % 4:
+            raise ValueError(f"`attention_head_dim` must be a multiple of 4, not {attention_head_dim}.")
+        self.inner_dim = num_attention_heads * attention_head_dim
+
+        # 1. Inputs
+        self.x_embedder = nn.Linear(in_channels, self.inner_dim)
+        if num_levels is None:
+            self.level_embedder = HARTLevelEmbedding(self.inner_dim)
+        else:
+            self.level_embedder = nn.Embedding(num_levels, self.inner_dim)
+        if num_classes is None:
+            self.context_norm = HARTRMSNorm(caption_channels, eps=norm_eps)
+            self.context_embedder = nn.Linear(caption_channels, self.inner_dim)
+        else:
+            self.class_embedder = nn.Embedding(num_classes + 1, self.inner_dim)
+            self.pos_start = nn.Parameter(torch.zeros(1, 1, self.inner_dim))
+        self.rotary_embed = HARTRotaryPosEmbed(attention_head_dim, rope_theta)
+
+        # 2. Blocks
+        self.transformer_blocks = nn.ModuleList(
+            [
+                HARTTransformerBlock(
+                    self.inner_dim,
+                    num_attention_heads,
+                    mlp_ratio,
+                    qk_norm,
+                    norm_eps,
+                    modulated=num_classes is not None,
+                )
+                for _ in range(num_layers)
+            ]
+        )
+
+        # 3. Outputs
+        self.norm_out = HARTAdaLayerNormOut(self.inner_dim, norm_eps)
+        self.proj_out = Float32Linear(self.inner_dim, codebook_size)
+        self.residual_norm = HARTRMSNorm(self.inner_dim, eps=norm_eps)
+
+        self.gradient_checkpointing = False
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        scales: Sequence[int],
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        scale_index: int | None = None,
+        kv_cache: HARTKVCache | None = None,
+        kept_tokens: torch.LongTensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> HARTTransformer2DModelOutput | tuple:
+        r"""
+        Predict the codes of one scale from the scales before it (generation, with `scale_index` and `kv_cache`), or of
+        all scales at once from their true inputs (teacher forcing, without).
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, tokens, in_channels)`, *optional*):
+                Inputs of one scale, or of the scales 1 to K - 1. `None` for scale 0, which has no input of its own:
+                its one token is predicted from the condition.
+            scales (`Sequence[int]`): Sides of all `K` scales in tokens.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_tokens, caption_channels)`, *optional*):
+                Text embeddings; needed for scale 0 and under teacher forcing.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, text_tokens)`, *optional*):
+                1 for text and 0 for padding. It decides the positions alone: padding takes part in attention.
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes, in a class model.
+            scale_index (`int`, *optional*): The scale to predict, counted from 0; `None` is teacher forcing.
+            kv_cache ([`HARTKVCache`], *optional*): The cache that the scales before were run with.
+            kept_tokens (`torch.LongTensor` of shape `(batch_size, kept)`, *optional*):
+                Token drop under teacher forcing: which tokens of the last scale to go through, in ascending order.
+            attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`HARTTransformer2DModelOutput`] or a tuple.
+
+        Returns:
+            [`HARTTransformer2DModelOutput`] or `tuple`: logits and hidden states.
+        """
+        # 1. The condition, once a picture
+        opens_sequence = not scale_index
+        if opens_sequence:
+            prefix, rotary_emb, temb, offset = self._embed_condition(
+                encoder_hidden_states, encoder_attention_mask, class_labels, scales
+            )
+            if kv_cache is not None:
+                capacity = prefix.shape[1] + sum(side * side for side in scales[1:-1])
+                kv_cache.open(len(self.transformer_blocks), capacity, temb, offset)
+        elif kv_cache is None or kv_cache.num_scales != scale_index:
+            cached = 0 if kv_cache is None else kv_cache.num_scales
+            raise ValueError(f"Scale {scale_index} needs a `kv_cache` of the scales before; this one holds {cached}.")
+        else:
+            temb, offset = kv_cache.temb, kv_cache.offset
+
+        # 2. The tokens of the scales
+        segments = None
+        if scale_index is None:
+            hidden_states, visual_rotary_emb, lengths = self._embed_scales(
+                hidden_states, range(1, len(scales)), scales, offset, kept_tokens
+            )
+            hidden_states = torch.cat([prefix, hidden_states], dim=1)
+            rotary_emb = tuple(torch.cat(pair, dim=1) for pair in zip(rotary_emb, visual_rotary_emb))
+            segments = [prefix.shape[1], *lengths]
+        elif scale_index == 0:
+            hidden_states = prefix
+        else:
+            hidden_states, rotary_emb, _ = self._embed_scales(hidden_states, [scale_index], scales, offset)
+
+        # 3. Blocks
+        for i, block in enumerate(self.transformer_blocks):
+            layer_cache = None if kv_cache is None else kv_cache.layers[i]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, rotary_emb, temb, segments, layer_cache
+                )
+            else:
+                hidden_states = block(hidden_states, rotary_emb, temb, segments, layer_cache)
+        if kv_cache is not None:
+            kv_cache.num_scales += 1
+
+        # 4. Logits. Scale 0 is predicted from the last text position, even where that is padding.
+        if opens_sequence:
+            hidden_states = hidden_states[:, prefix.shape[1] - 1 :]
+        logits = self.proj_out(self.norm_out(hidden_states, temb))
+        if not return_dict:
+            return logits, hidden_states
+        return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
+
+    @apply_forward_hook
+    def residual_condition(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
+        r"""
+        The condition of the residual diffusion: what the transformer knows of a last-scale token, its code included.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, tokens, inner_dim)`):
+                `hidden_states` of the output, for tokens of the last scale.
+            code_embeds (`torch.Tensor` of shape `(batch_size, tokens, in_channels)`):
+                Vectors of the codes that were sampled there.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, tokens, inner_dim)`.
+        """
+        return self.residual_norm(hidden_states + self.x_embedder(code_embeds.to(hidden_states.dtype)))
+
+    def _embed_condition(
+        self,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        class_labels: torch.LongTensor | None,
+        scales: Sequence[int],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """What the sequence opens with: its tokens, their rotary embedding, the modulation and the picture's offset."""
+        if self.config.num_classes is not None:
+            temb = self.class_embedder(class_labels)
+            offset = torch.zeros(1, device=temb.device)
+            prefix = temb[:, None] + self.pos_start + self._level(0, temb)
+            coordinates = scale_coordinates(scales, 0, temb.device)[None]
+            return prefix, self.rotary_embed.visual(coordinates, offset), temb, offset
+
+        text = self.context_embedder(self.context_norm(encoder_hidden_states))
+        # Over all tokens and before the level embedding: the pretrained head saw padding here too.
+        temb = text.amax(dim=1)
+        offset = encoder_attention_mask.long().sum(-1).float() - 1
+        return text + self._level(0, text), self.rotary_embed.text(encoder_attention_mask), temb, offset
+
+    def _embed_scales(
+        self,
+        hidden_states: torch.Tensor,
+        indices: Sequence[int],
+        scales: Sequence[int],
+        offset: torch.Tensor,
+        kept_tokens: torch.LongTensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[int]]:
+        """Embedded tokens of consecutive scales, their rotary embedding and how many tokens each scale has."""
+        hidden_states = list(hidden_states.split([scales[k] ** 2 for k in indices], dim=1))
+        coordinates = [scale_coordinates(scales, k, hidden_states[0].device)[None] for k in indices]
+        if kept_tokens is not None:
+            hidden_states[-1] = hidden_states[-1].gather(
+                1, kept_tokens[..., None].expand(-1, -1, self.config.in_channels)
+            )
+            coordinates = [xy.expand(len(kept_tokens), -1, -1) for xy in coordinates]
+            coordinates[-1] = coordinates[-1].gather(1, kept_tokens[..., None].expand(-1, -1, 2))
+        embedded = [self.x_embedder(tokens) + self._level(k, tokens) for k, tokens in zip(indices, hidden_states)]
+        rotary_emb = self.rotary_embed.visual(torch.cat(coordinates, dim=1), offset)
+        return torch.cat(embedded, dim=1), rotary_emb, [tokens.shape[1] for tokens in embedded]
+
+    def _level(self, level: int, like: torch.Tensor) -> torch.Tensor:
+        """Embedding `(1, inner_dim)` of a level: 0 for the condition, k for scale k."""
+        levels = torch.full((1,), level, device=like.device)
+        if self.config.num_levels is None:
+            return self.level_embedder(levels, like.dtype)
+        return self.level_embedder(levels)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class HARTSchedulerOutput(BaseOutput):
+    """
+    Output of [`HARTScheduler.step`].
+
+    Args:
+        codes (`torch.LongTensor` of shape `(batch_size, tokens)`): The codes that were drawn.
+        weights (`torch.Tensor` of shape `(batch_size, tokens, codebook_size)`, *optional*):
+            With smoothing, the soft weights over the codebook that stand for the codes in the picture.
+    """
+
+    codes: torch.LongTensor
+    weights: torch.Tensor | None = None
+
+
+def _exponential(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
+    """
+    Exponential noise, drawn on `device` even if the generator lives elsewhere: the generator then seeds one on the
+    device. A list of generators draws sample by sample.
+    """
+    if isinstance(generator, list):
+        return torch.cat([_exponential((1, *shape[1:]), device, sample_generator) for sample_generator in generator])
+    if generator is not None and generator.device.type != device.type:
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+        generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, device=device).exponential_(generator=generator)
+
+
+def _uniform(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
+    """Uniform noise in (0, 1], drawn where the generator lives."""
+    if isinstance(generator, list):
+        return torch.cat([_uniform((1, *shape[1:]), device, sample_generator) for sample_generator in generator])
+    draw_device = device if generator is None else generator.device
+    return 1 - torch.rand(shape, generator=generator, device=draw_device).to(device)
+
+
+class HARTScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    The schedule of scales of HART and how a scale's codes are drawn from the transformer's logits (section 3 of the
+    [paper](https://huggingface.co/papers/2410.10812)). It holds no state: `step` gets the index of the scale.
+
+    Args:
+        schedules (`tuple[tuple[int, ...], ...]`, defaults to those of 256, 512 and 1024 px):
+            The known schedules, each the sides of its scales in tokens; the last side is that of the latent.
+        guidance_scale (`float`, defaults to `4.5`): Guidance of pipelines that are called without one.
+        num_inference_steps (`int`, defaults to `8`):
+            Steps of the residual diffusion of pipelines that are called without a number.
+        top_k (`int`, defaults to `600`): Number of codes a draw chooses from, at the early scales.
+        late_top_k (`int`, defaults to `300`): Number of codes a draw chooses from, at the late scales.
+        first_late_scale (`int`, defaults to `7`): Index of the first late scale.
+        top_p (`float`, *optional*): Probability mass a draw chooses from, applied after top-k.
+        smoothing_temperature (`float`, defaults to `0.27`): Temperature of the Gumbel smoothing at the first scale.
+        smoothing_decay (`float`, defaults to `0.95`): How much of that temperature is gone at the end.
+        min_smoothing_temperature (`float`, defaults to `0.005`): Lower bound of that temperature.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        schedules: tuple[tuple[int, ...], ...] = (
+            (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+            (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+            (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+        ),
+        guidance_scale: float = 4.5,
+        num_inference_steps: int = 8,
+        top_k: int = 600,
+        late_top_k: int = 300,
+        first_late_scale: int = 7,
+        top_p: float | None = None,
+        smoothing_temperature: float = 0.27,
+        smoothing_decay: float = 0.95,
+        min_smoothing_temperature: float = 0.005,
+    ):
+        pass
+
+    def scales(self, latent_size: int) -> tuple[int, ...]:
+        """
+        The schedule of a latent of side `latent_size`.
+
+        Returns:
+            `tuple[int, ...]`: Sides of the scales in tokens, the last one `latent_size`.
+
+        Raises:
+            ValueError: If no schedule ends with that side.
+        """
+        for schedule in self.config.schedules:
+            if schedule[-1] == latent_size:
+                return tuple(schedule)
+        known = ", ".join(str(schedule[-1]) for schedule in self.config.schedules)
+        raise ValueError(f"No schedule of scales ends with a latent of side {latent_size}; known sides: {known}.")
+
+    def ratio(self, scale_index: int, num_scales: int) -> float:
+        """Progress `k / (K - 1)`, from 0 at the first scale towards 1."""
+        # The last scale repeats the ratio of the one before: the original never updates it there.
+        return min(scale_index, max(num_scales - 2, 0)) / max(num_scales - 1, 1)
+
+    def guidance(self, guidance_scale: float, scale_index: int, num_scales: int) -> float:
+        """
+        The guidance `t` of a scale: a ramp from 0. Guided logits, and guided noise of the residual diffusion, are
+        `(1 + t) * conditional - t * unconditional`.
+        """
+        return guidance_scale * self.ratio(scale_index, num_scales)
+
+    def step(
+        self,
+        logits: torch.Tensor,
+        scale_index: int,
+        num_scales: int,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        smooth: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> HARTSchedulerOutput | tuple:
+        r"""
+        Draw the codes of one scale.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, tokens, codebook_size)`): The guided logits.
+            scale_index (`int`): The scale, counted from 0.
+            num_scales (`int`): Number of scales.
+            top_k (`int`, *optional*): Number of codes to choose from, instead of the configured numbers.
+            top_p (`float`, *optional*): Probability mass to choose from, instead of the configured one.
+            smooth (`bool`, defaults to `True`): Whether to return soft weights too.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of randomness, or one for each sample.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`HARTSchedulerOutput`] or a tuple.
+
+        Returns:
+            [`HARTSchedulerOutput`] or `tuple`: codes and, with `smooth`, weights.
+        """
+        logits = self.mask_logits(logits.float(), scale_index, top_k, top_p)
+        if top_k == 1:
+            codes = logits.argmax(-1)
+        else:
+            codes = self.draw_codes(logits, _uniform(logits.shape[:-1], logits.device, generator))
+        weights = None
+        if smooth:
+            noise = _exponential(tuple(logits.shape), logits.device, generator)
+            weights = self.smooth_weights(logits, -noise.clamp_min_(1e-20).log_(), scale_index, num_scales)
+        if not return_dict:
+            return codes, weights
+        return HARTSchedulerOutput(codes=codes, weights=weights)
+
+    def mask_logits(
+        self, logits: torch.Tensor, scale_index: int, top_k: int | None = None, top_p: float | None = None
+    ) -> torch.Tensor:
+        """
+        `logits` of shape `(..., codebook_size)` with minus infinity where a code is out of the draw: not among the
+        `top_k` best, nor in the smallest set of best codes that reaches the probability `top_p`.
+        """
+        if top_k is None:
+            top_k = self.config.top_k if scale_index < self.config.first_late_scale else self.config.late_top_k
+        if top_p is None:
+            top_p = self.config.top_p
+        if top_k < logits.shape[-1]:
+            smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+        if top_p is not None and top_p < 1:
+            sorted_logits, order = logits.sort(dim=-1)
+            # From the least likely up; the best code always stays.
+            dropped = sorted_logits.softmax(-1).cumsum(-1) <= 1 - top_p
+            dropped[..., -1] = False
+            logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+        return logits
+
+    def draw_codes(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
+        """
+        Codes of shape `(...)` from the softmax of masked `logits` `(..., codebook_size)`, where uniform noise in
+        (0, 1] of shape `(...)` falls in their cumulative distribution: one random number a position.
+        """
+        cumulative = logits.softmax(-1).cumsum(-1)
+        # The threshold is in (0, total]: the first code that reaches it never is one of probability zero.
+        return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:]).squeeze(-1)
+
+    def smooth_weights(
+        self, logits: torch.Tensor, gumbel_noise: torch.Tensor, scale_index: int, num_scales: int
+    ) -> torch.Tensor:
+        r"""
+        Soft weights over the codebook, `softmax((logits * (1 + ratio) + gumbel_noise) / temperature)`, with a
+        temperature that falls with the scales. `logits` are the masked guided ones; all of shape
+        `(batch_size, tokens, codebook_size)`.
+        """
+        ratio = self.ratio(scale_index, num_scales)
+        temperature = self.config.smoothing_temperature * (1 - self.config.smoothing_decay * ratio)
+        temperature = max(temperature, self.config.min_smoothing_temperature)
+        return ((logits * (1 + ratio) + gumbel_noise) / temperature).softmax(-1)
