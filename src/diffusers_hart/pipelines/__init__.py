@@ -1,0 +1,4 @@
+from .hart import HARTClassConditionalPipeline, HARTPipeline, HARTPipelineOutput
+
+
+__all__ = ["HARTClassConditionalPipeline", "HARTPipeline", "HARTPipelineOutput"]

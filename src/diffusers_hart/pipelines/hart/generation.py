@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from ...models.transformers.transformer_hart import HARTKVCache
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class HARTGenerationMixin:
+    """
+    What the HART pipelines share, whatever their condition: the loop over scales, the residual diffusion behind its
+    last scale, decoding, and the arguments of these.
+    """
+
+    _callback_tensor_inputs = ["latents"]
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent position stands for, along a side."""
+        return self.vae.spatial_factor if getattr(self, "vae", None) is not None else 16
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def check_generation_inputs(
+        self,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        num_inference_steps: int,
+        top_k: int | None,
+        top_p: float | None,
+        residual_temperature: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Check the arguments that both pipelines have. Raises `ValueError` with what was given and what fits."""
+        sizes = [schedule[-1] * self.vae_scale_factor for schedule in self.scheduler.config.schedules]
+        if height != width or height not in sizes:
+            raise ValueError(
+                f"No schedule of scales fits `height`={height} and `width`={width}; this model draws squares of "
+                f"{' or '.join(str(size) for size in sizes)} pixels a side."
+            )
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be 0 (off) or a positive number, not {guidance_scale}.")
+        max_steps = self.residual_scheduler.config.num_train_timesteps if self.residual_scheduler is not None else 0
+        if not 0 <= num_inference_steps <= max_steps:
+            raise ValueError(
+                f"`num_inference_steps` must be from 0 (no residual) to {max_steps}, not {num_inference_steps}."
+            )
+        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+            raise ValueError(f"`top_k` must be a positive integer, not {top_k}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}.")
+        if not 0 <= residual_temperature < math.inf:
+            raise ValueError(f"`residual_temperature` must be 0 or a positive number, not {residual_temperature}.")
+        if residual_temperature != 1 and "temperature" not in self._residual_step_parameters():
+            raise ValueError(
+                f"`residual_temperature`={residual_temperature} needs HARTResidualScheduler; "
+                f"{type(self.residual_scheduler).__name__} knows no temperature."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not {unknown}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        latent_size: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The first noise of the residual diffusion, of shape `(batch_size, latent_channels, latent_size, latent_size)`
+        and float32: `latents` if given, otherwise drawn. Raises `ValueError` for a list of generators or latents that
+        do not fit.
+        """
+        shape = (batch_size, self.vae.config.latent_channels, latent_size, latent_size)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn: pass one each."
+            )
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must be of shape {shape}, not {tuple(latents.shape)}.")
+        return latents.to(device, torch.float32)
+
+    def _generate_latents(
+        self,
+        # the condition: the conditional half of the batch, then the unconditional one if there is guidance
+        condition: dict[str, torch.Tensor],
+        scales: tuple[int, ...],
+        # drawing
+        top_k: int | None,
+        top_p: float | None,
+        smooth: bool,
+        generator: torch.Generator | list[torch.Generator] | None,
+        # the residual
+        residual_noise: torch.Tensor,
+        num_inference_steps: int,
+        residual_temperature: float,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
+        """The scale loop: from a condition to the final latent `(batch_size, latent_channels, P, P)`, float32."""
+        branches = 2 if self.do_classifier_free_guidance else 1
+        latents = torch.zeros_like(residual_noise)
+        scale_input = None
+        kv_cache = HARTKVCache()
+        self._num_timesteps = len(scales)
+
+        # Counted in tokens, which is what the time goes by: the last scale is about half of it.
+        with self.progress_bar(total=sum(side * side for side in scales)) as progress_bar:
+            for k, side in enumerate(scales):
+                if self.interrupt:
+                    continue
+
+                # 1. The transformer predicts all codes of the scale
+                output = self.transformer(
+                    scale_input,
+                    scales,
+                    **condition,
+                    scale_index=k,
+                    kv_cache=kv_cache,
+                    attention_kwargs=self.attention_kwargs,
+                )
+                guidance = self.scheduler.guidance(self.guidance_scale, k, len(scales))
+                logits = self._guide(output.logits, guidance, branches)
+
+                # 2. The scheduler draws them
+                drawn = self.scheduler.step(logits, k, len(scales), top_k, top_p, smooth, generator)
+                code_embeds = self.vae.embed(drawn.weights if smooth else drawn.codes)
+
+                # 3. The tokenizer adds them to the picture, and behind the last scale the residual
+                latents = self.vae.accumulate(latents, code_embeds, k, scales)
+                if k == len(scales) - 1 and num_inference_steps > 0:
+                    # The pretrained residual knows the code that was drawn, also where the picture is smoothed.
+                    code_embeds = self.vae.embed(drawn.codes).repeat(branches, 1, 1)
+                    residual_condition = self.transformer.residual_condition(output.hidden_states, code_embeds)
+                    latents = latents + self._sample_residual(
+                        residual_condition,
+                        residual_noise,
+                        guidance,
+                        num_inference_steps,
+                        residual_temperature,
+                        generator,
+                    )
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, k, side, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                # 4. The picture so far, pooled, is what the next scale reads
+                if k < len(scales) - 1:
+                    scale_input = self.vae.next_scale_input(latents, k + 1, scales)
+                    scale_input = scale_input.to(self.transformer.dtype).repeat(branches, 1, 1)
+                progress_bar.update(side * side)
+        return latents
+
+    def _sample_residual(
+        self,
+        condition: torch.Tensor,
+        noise: torch.Tensor,
+        guidance: float,
+        num_inference_steps: int,
+        temperature: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The residual diffusion: from noise `(batch_size, latent_channels, P, P)` to a residual of that shape."""
+        # A copy, since schedulers keep the state of a run and a pipeline may be called by several threads.
+        scheduler = copy.deepcopy(self.residual_scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        takes_variance = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in (
+            "learned",
+            "learned_range",
+        )
+        options = {"generator": generator, "temperature": temperature}
+        options = {name: value for name, value in options.items() if name in self._residual_step_parameters()}
+        branches = condition.shape[0] // noise.shape[0]
+
+        sample = noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            tokens = scheduler.scale_model_input(sample, timestep).flatten(2).transpose(1, 2)
+            tokens = tokens.to(condition.dtype).repeat(branches, 1, 1)
+            output = self.residual_mlp(tokens, timestep, condition).sample.float()
+            output = output.transpose(1, 2).unflatten(2, noise.shape[2:])
+            predicted_noise, variance = output.chunk(2, dim=1)
+            model_output = self._guide(predicted_noise, guidance, branches)
+            if takes_variance:
+                model_output = torch.cat([model_output, variance[: noise.shape[0]]], dim=1)
+            sample = scheduler.step(model_output, timestep, sample, **options).prev_sample
+        return self.residual_mlp.config.residual_scale * sample
+
+    def _guide(self, prediction: torch.Tensor, guidance: float, branches: int) -> torch.Tensor:
+        """Classifier-free guidance `(1 + t) * conditional - t * unconditional`."""
+        if branches == 1:
+            return prediction
+        conditional, unconditional = prediction.chunk(2)
+        return (1 + guidance) * conditional - guidance * unconditional
+
+    def _default_num_inference_steps(self) -> int:
+        if self.residual_mlp is None or self.residual_scheduler is None:
+            return 0
+        return self.scheduler.config.num_inference_steps
+
+    def _residual_step_parameters(self) -> set[str]:
+        if self.residual_scheduler is None:
+            return set()
+        return set(inspect.signature(self.residual_scheduler.step).parameters)
