@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +38,13 @@ class HybridTokenizerOutput(BaseOutput):
     residual: torch.Tensor
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Where operations keep the float32 of what they are given, inside `torch.autocast` too."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class HybridTokenizerPhi(nn.Conv2d):
     """`(1 - r) * h + r * conv(h)`, the learned correction of an upsampled scale, always in float32."""
 
@@ -46,7 +54,8 @@ class HybridTokenizerPhi(nn.Conv2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states.float()
-        convolved = self._conv_forward(hidden_states, self.weight.float(), self.bias.float())
+        with without_autocast(hidden_states.device):
+            convolved = self._conv_forward(hidden_states, self.weight.float(), self.bias.float())
         return (1 - self.ratio) * hidden_states + self.ratio * convolved
 
 
@@ -213,7 +222,8 @@ class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         if not codes.is_floating_point():
             return self.codebook(codes).float()
-        return codes.float() @ self._codebook_table(codes.device)
+        with without_autocast(codes.device):
+            return codes.float() @ self._codebook_table(codes.device)
 
     @apply_forward_hook
     def accumulate(
@@ -342,7 +352,8 @@ class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _nearest_codes(self, latents: torch.Tensor) -> torch.LongTensor:
         table = self._codebook_table(latents.device)
         tokens = latents.flatten(2).transpose(1, 2)
-        distances = table.square().sum(-1) - 2 * (tokens @ table.T)  # without the token's own norm: same order
+        with without_autocast(latents.device):
+            distances = table.square().sum(-1) - 2 * (tokens @ table.T)  # without the token's own norm: same order
         return distances.argmin(-1)
 
     def _pool(self, latents: torch.Tensor, side: int) -> torch.Tensor:

@@ -24,6 +24,24 @@ class HARTGenerationMixin:
 
     _callback_tensor_inputs = ["latents"]
 
+    def _check_components(self, residual_scheduler: Any, **components: Any) -> None:
+        """Raises `ValueError` for a component in another's place; diffusers tells those of one base class not apart."""
+        expected = {
+            "transformer": "HARTTransformer2DModel",
+            "vae": "HybridTokenizer",
+            "scheduler": "HARTScheduler",
+            "residual_mlp": "ResidualDiffusionMLP",
+        }
+        for name, component in components.items():
+            component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
+            # By name: a pipeline that is loaded as remote code has classes of its own.
+            if component is not None and expected[name] not in (base.__name__ for base in type(component).__mro__):
+                raise ValueError(f"`{name}` must be a {expected[name]}, not a {type(component).__name__}.")
+        if residual_scheduler is not None and not hasattr(residual_scheduler, "set_timesteps"):
+            raise ValueError(
+                f"`residual_scheduler` must be a scheduler of diffusion, not a {type(residual_scheduler).__name__}."
+            )
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,13 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         system_prompt: str | None = None,
     ):
         super().__init__()
+        self._check_components(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            residual_mlp=residual_mlp,
+            residual_scheduler=residual_scheduler,
+        )
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -81,6 +89,16 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         )
         self.register_to_config(system_prompt=system_prompt)
         self.default_max_sequence_length = transformer.config.caption_length if transformer is not None else 300
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "HARTPipeline":
+        r"""
+        Load a pipeline from a folder or the Hub, as `DiffusionPipeline.from_pretrained` does. Without a `dtype` all of
+        it is loaded in float32, the text encoder too, which transformers would leave in the type it is stored in.
+        """
+        if not {"dtype", "torch_dtype", "quantization_config"} & set(kwargs):
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def encode_prompt(
         self,

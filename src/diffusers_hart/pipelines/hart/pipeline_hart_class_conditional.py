@@ -39,6 +39,13 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
         id2label: dict[int, str] | None = None,
     ):
         super().__init__()
+        self._check_components(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            residual_mlp=residual_mlp,
+            residual_scheduler=residual_scheduler,
+        )
         self.register_modules(
             transformer=transformer,
             vae=vae,
