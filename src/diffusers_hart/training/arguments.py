@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, caption_column: str | None = "text") -> None:
+    """Where pictures come from and how they are read."""
+    group = parser.add_argument_group("data, one of the first four")
+    group.add_argument("--train_data_dir", help="folder of pictures with metadata.csv or metadata.jsonl")
+    group.add_argument("--dataset_name", help="data set on the Hub, or a folder of Dataset.save_to_disk")
+    group.add_argument("--train_shards", help="pattern of webdataset tar files")
+    group.add_argument("--train_iterable", help="file.py:name or module:name of an iterable of (picture, caption)")
+    group.add_argument("--dataset_config_name")
+    group.add_argument("--image_column", default="image")
+    if caption_column is not None:
+        group.add_argument("--caption_column", default=caption_column)
+    group.add_argument("--cache_dir")
+    group.add_argument("--resolution", type=int, help="side of the training pictures in pixels")
+    group.add_argument("--random_crop", action="store_true", help="crop at random instead of in the middle")
+    group.add_argument("--random_flip", action="store_true")
+    group.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run: its length, optimizer, precision, checkpoints, trackers and what becomes of the result."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", required=True)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--train_batch_size", type=int, default=4, help="pictures a process and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--max_train_steps", type=int, default=1000)
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--allow_tf32", action="store_true")
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4)
+    group.add_argument("--scale_lr", action="store_true", help="the rate is per 256 pictures of the global batch")
+    group.add_argument("--lr_scheduler", default="constant_with_warmup")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.95)
+    group.add_argument("--adam_weight_decay", type=float, default=0.05)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    group.add_argument("--use_ema", action="store_true")
+    group.add_argument("--ema_decay", type=float, default=0.9999)
+
+    group = parser.add_argument_group("checkpoints and trackers")
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int)
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint's folder, or 'latest'")
+    group.add_argument("--report_to", help="tensorboard, wandb, ... or all")
+    group.add_argument("--logging_dir", default="logs")
+    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--validation_steps", type=int, default=500)
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_model_id")
+    group.add_argument("--hub_token")
+    group.add_argument("--license", help="licence of the result, for its model card")
+
+
+def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the training of a transformer and its residual MLP has besides: the models, the losses, the validation."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--pretrained_model_name_or_path", help="pipeline to start from: a folder or an id on the Hub")
+    group.add_argument("--revision", help="branch, tag or commit of it on the Hub")
+    group.add_argument("--variant", help="variant of its files, such as fp16")
+    group.add_argument("--from_scratch", action="store_true", help="new transformer and residual MLP, of its sizes")
+    group.add_argument("--transformer_config", help="JSON file of arguments of a new transformer, instead of its own")
+    group.add_argument("--residual_mlp_config", help="JSON file of arguments of a new residual MLP")
+    group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
+
+    group = parser.add_argument_group("loss")
+    group.add_argument("--no_token_drop", action="store_true", help="go through all tokens of the last scale")
+    group.add_argument("--residual_loss_weight", type=float, default=1.0)
+    group.add_argument("--residual_batch_multiplier", type=int, default=4, help="times, noises of each residual")
+
+    group = parser.add_argument_group("validation")
+    group.add_argument("--num_validation_images", type=int, default=4, help="of each condition")
+    group.add_argument("--validation_guidance_scale", type=float, help="by default the scheduler's")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = {
+        int(match[1]): path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, limit: int | None = None) -> Path:
+    """
+    Save what a run needs to go on, into `output_dir/checkpoint-{step}`. It is written beside its place and moved there
+    when it is whole, so an interrupted save leaves the checkpoint before it as it was.
+
+    Args:
+        accelerator (`Accelerator`): Its prepared and registered objects are saved.
+        output_dir (`str` or `Path`): Folder of the run.
+        step (`int`): Number of optimizer steps so far.
+        limit (`int`, *optional*):
+            Number of checkpoints up to this one to keep; the oldest are removed once the new one is whole.
+
+    Returns:
+        `Path`: The checkpoint's folder.
+    """
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if accelerator.is_main_process and unfinished.exists():
+        shutil.rmtree(unfinished)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (unfinished / "progress.json").write_text(json.dumps({"step": step}))
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        if limit is not None:
+            checkpoints = list_checkpoints(output_dir)
+            for old in checkpoints[: max(0, checkpoints.index(folder) + 1 - max(1, limit))]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    logger.info(f"Saved {folder}")
+    return folder
+
+
+def resume_from_checkpoint(accelerator: Accelerator, output_dir: str | Path, checkpoint: str | None) -> int:
+    """
+    Load a checkpoint into the accelerator's objects.
+
+    Args:
+        accelerator (`Accelerator`): Its prepared and registered objects are filled.
+        output_dir (`str` or `Path`): Folder of the run.
+        checkpoint (`str`, *optional*): A checkpoint's folder, its name in `output_dir`, or `"latest"`.
+
+    Returns:
+        `int`: Number of optimizer steps it was saved after; 0 if there is nothing to resume from.
+
+    Raises:
+        ValueError: If the checkpoint does not exist or was not completed.
+    """
+    if checkpoint is None:
+        return 0
+    if checkpoint == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            logger.warning(f"No checkpoint in {output_dir}: starting anew.")
+            return 0
+        folder = checkpoints[-1]
+    else:
+        folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(output_dir) / checkpoint
+    if not (folder / "progress.json").exists():
+        raise ValueError(f"{folder} is not a complete checkpoint.")
+    accelerator.load_state(str(folder))
+    return json.loads((folder / "progress.json").read_text())["step"]

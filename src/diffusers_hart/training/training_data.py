@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..models import HybridTokenizer
+from ..schedulers import HARTScheduler
+from .data_sources import image_preparer, load_image_source
+from .precomputed_targets import load_precomputed_targets, precomputed_preparer
+from .teacher_forcing import TeacherForcingTargets, teacher_forcing_targets
+
+
+def training_scales(
+    scheduler: HARTScheduler, vae: HybridTokenizer, resolution: int | None, sample_size: int
+) -> tuple[int, ...]:
+    """
+    The schedule of scales of a training resolution, by default that of latents of side `sample_size`.
+
+    Raises:
+        ValueError: If the scheduler has no schedule for that resolution.
+    """
+    resolution = sample_size * vae.spatial_factor if resolution is None else resolution
+    known = {schedule[-1] * vae.spatial_factor: tuple(schedule) for schedule in scheduler.config.schedules}
+    if resolution not in known:
+        raise ValueError(
+            f"--resolution {resolution} has no schedule of scales; this model has some for "
+            f"{', '.join(str(side) for side in sorted(known))} pixels a side."
+        )
+    return known[resolution]
+
+
+def open_training_data(
+    args: argparse.Namespace,
+    vae: HybridTokenizer,
+    scales: Sequence[int],
+    column: str,
+    precomputed_columns: Sequence[str],
+) -> Any:
+    """
+    The source of a training's examples: pictures with captions or labels in `column`, or pre-computed targets, which
+    must have one of `precomputed_columns`.
+
+    Raises:
+        ValueError: As [`load_image_source`] and [`load_precomputed_targets`]; and if the arguments contradict each
+            other or a column is missing.
+    """
+    if args.precomputed_data_dir is None:
+        return load_image_source(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_data_dir,
+            args.train_shards,
+            args.train_iterable,
+            args.image_column,
+            column,
+            args.cache_dir,
+        )
+    if any((args.dataset_name, args.train_data_dir, args.train_shards, args.train_iterable)):
+        raise ValueError("--precomputed_data_dir takes the place of pictures: name no other source of data.")
+    if args.random_crop or args.random_flip:
+        raise ValueError("Targets that were computed before can be neither cropped nor flipped at random.")
+    source = load_precomputed_targets(args.precomputed_data_dir, vae, scales)
+    if not set(precomputed_columns) & set(source.column_names):
+        raise ValueError(
+            f"The targets in {args.precomputed_data_dir} have no column {' or '.join(precomputed_columns)}; they have "
+            f"{source.column_names}."
+        )
+    return source
+
+
+def training_preparer(
+    args: argparse.Namespace, vae: HybridTokenizer, scales: Sequence[int], column: str, num_classes: int | None = None
+) -> Callable[[Any, torch.Generator], dict[str, Any]]:
+    """What [`ExampleStream`] does with an example of [`open_training_data`]."""
+    if args.precomputed_data_dir is not None:
+        return precomputed_preparer(num_classes)
+    return image_preparer(
+        scales[-1] * vae.spatial_factor, args.image_column, column, args.random_crop, args.random_flip, num_classes
+    )
+
+
+def batch_targets(batch: dict[str, Any], vae: HybridTokenizer, scales: Sequence[int]) -> TeacherForcingTargets:
+    """The targets of a batch of pictures or of pre-computed targets, on the tokenizer's device."""
+    if "codes" in batch:
+        latents, codes = batch["latents"].to(vae.device), batch["codes"].to(vae.device)
+        return teacher_forcing_targets(vae, scales, latents=latents, codes=codes)
+    return teacher_forcing_targets(vae, scales, images=batch["pixel_values"].to(vae.device, vae.dtype))

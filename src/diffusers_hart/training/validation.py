@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+from .random_draws import seeded_generator
+
+
+def log_validation(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: DiffusionPipeline,
+    conditions: Sequence[dict[str, Any]],
+    step: int,
+) -> Path:
+    r"""
+    Draw `--num_validation_images` pictures of each condition, from the same random numbers each time, save them as one
+    grid, `{output_dir}/validation/step-{step}.png`, and give them to the trackers that take pictures.
+
+    Args:
+        args (`argparse.Namespace`): The arguments of [`add_hart_arguments`] and [`add_training_arguments`].
+        accelerator (`Accelerator`): Its precision and trackers are used.
+        pipe (`DiffusionPipeline`): What draws.
+        conditions (`Sequence[dict[str, Any]]`): Arguments of the pipeline, for `--num_validation_images` pictures each.
+        step (`int`): Number of optimizer steps so far.
+
+    Returns:
+        `Path`: The file of the grid.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for condition in conditions:
+        places = range(args.num_validation_images)
+        generators = [seeded_generator("cpu", args.seed, "validation", place) for place in places]
+        with accelerator.autocast():
+            drawn = pipe(**condition, guidance_scale=args.validation_guidance_scale, generator=generators)
+        images += drawn.images
+    path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=len(conditions), cols=args.num_validation_images).save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
+    return path

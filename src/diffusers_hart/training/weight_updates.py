@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator, DistributedType
+from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
+
+from .ema import CheckpointedEMA
+from .train_loop import create_optimizer
+
+
+class WeightUpdates:
+    r"""
+    What changes the weights of a training module: the optimizer, its learning rate and, with `--use_ema`, their
+    moving average. All are prepared by or registered with the accelerator, so that its checkpoints hold them.
+
+    Args:
+        args (`argparse.Namespace`): The arguments of [`add_training_arguments`].
+        accelerator (`Accelerator`): Of the run.
+        module (`nn.Module`):
+            The module, whose children are the models, not prepared yet; `module` of this object is the prepared one.
+
+    Raises:
+        ValueError: If averages are asked for under FSDP 1, whose shards cannot be averaged one by one.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module):
+        self.accelerator = accelerator
+        self.max_grad_norm = args.max_grad_norm
+        self.models = {name: model for name, model in module.named_children() if isinstance(model, ModelMixin)}
+        self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        if args.use_ema and self.is_sharded and not accelerator.is_fsdp2:
+            raise ValueError("--use_ema with FSDP needs `fsdp_version: 2` in the configuration of accelerate.")
+
+        optimizer = create_optimizer(args, module.parameters(), accelerator)
+        # Not prepared: a prepared schedule advances once a process and would go by another clock than the data.
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.ema = None
+        if args.use_ema:
+            self.ema = CheckpointedEMA(self.module.parameters(), decay=args.ema_decay, foreach=True)
+            accelerator.register_for_checkpointing(self.ema)
+
+    def update(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The gradient of a micro-batch's loss and, at the last one of a step, the update of the weights. To be called
+        within `accelerator.accumulate`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Figures to log after an update, otherwise none.
+        """
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return {}
+        figures = {"learning_rate": torch.tensor(self.lr_scheduler.get_last_lr()[0], device=loss.device)}
+        grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        if self.accelerator.scaler is None:  # with fp16 a norm that is not finite is a step that the scaler leaves out
+            figures["grad_norm"] = grad_norm
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.module.parameters())
+        return figures
+
+    @contextmanager
+    def for_inference(self) -> Iterator[dict[str, ModelMixin]]:
+        """
+        The models as they would be saved now: with their averages, if there are any, and whole. Every process must
+        enter this context; the models are given to the main process, the others get none.
+        """
+        averaged = nullcontext() if self.ema is None else self.ema.applied_to(self.module.parameters())
+        with averaged:
+            models = self._gathered() if self.is_sharded else self.models
+            yield models if self.accelerator.is_main_process else {}
+
+    def _gathered(self) -> dict[str, ModelMixin]:
+        """Unsharded copies, on the main process."""
+        state_dict = self.accelerator.get_state_dict(self.module)
+        if not self.accelerator.is_main_process:
+            return {}
+        copies = {}
+        for name, model in self.models.items():
+            copies[name] = type(model).from_config(model.config)
+            prefix = f"{name}."
+            weights = {key.removeprefix(prefix): w for key, w in state_dict.items() if key.startswith(prefix)}
+            copies[name].load_state_dict(weights)
+            copies[name].to(self.accelerator.device)
+        return copies
