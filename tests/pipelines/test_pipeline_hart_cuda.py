@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline on a CUDA device; run with `pytest -m gpu`."""
+
+import copy
+
+import pytest
+import torch
+
+from diffusers_hart import HARTPipeline, HARTScheduler
+
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    components = {name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()}
+    pipe = HARTPipeline(**components).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class RecordingScheduler(HARTScheduler):
+    def step(self, *args, **kwargs):
+        output = super().step(*args, **kwargs)
+        self.codes.append(output.codes)
+        return output
+
+
+def test_float32_gives_the_tokens_and_the_picture_of_the_original(pipe, tiny):
+    scheduler = pipe.scheduler
+    pipe.scheduler = RecordingScheduler(schedules=(tiny.scales,))
+    pipe.scheduler.codes = []
+    image = pipe(
+        prompt_embeds=tiny["in.prompt_embeds"].cuda(),
+        prompt_attention_mask=tiny["in.prompt_attention_mask"].cuda(),
+        guidance_scale=tiny["e2e.guidance"].item(),
+        latents=tiny["e2e.residual_noise"].transpose(1, 2).unflatten(2, (6, 6)),
+        top_k=1,
+        smooth=False,
+        residual_temperature=0,
+        output_type="pt",
+    ).images
+    codes, pipe.scheduler = pipe.scheduler.codes, scheduler
+    assert torch.equal(torch.cat(codes, dim=1).cpu(), tiny["e2e.tokens"])
+    assert torch.allclose(image.cpu(), tiny["e2e.image"], atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_generators_of_either_device_repeat_themselves(pipe, device, listed):
+    def draw(seed):
+        generator = torch.Generator(device).manual_seed(seed)
+        return pipe("a red circle", generator=[generator] if listed else generator, output_type="pt").images
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny, tmp_path, dtype):
+    tiny.pipe.save_pretrained(tmp_path)
+    pipe = HARTPipeline.from_pretrained(tmp_path, dtype=dtype).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", generator=torch.Generator("cuda").manual_seed(0), output_type="pt").images
+    assert image.dtype == dtype and image.isfinite().all()
+
+
+def test_model_offload_gives_the_same_picture(tiny, pipe):
+    def draw(pipe):
+        return pipe("a red circle", generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images.cpu()
+
+    expected = draw(pipe)
+    components = {name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()}
+    for enable in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        offloaded = HARTPipeline(**copy.deepcopy(components))
+        offloaded.set_progress_bar_config(disable=True)
+        getattr(offloaded, enable)()
+        assert torch.allclose(draw(offloaded), expected, atol=1e-3)
+
+
+def test_blocks_compile_as_one_graph_and_not_anew_for_a_second_picture(tiny):
+    transformer = copy.deepcopy(tiny.pipe.transformer).cuda()
+    arguments = (
+        tiny["tok.scale_inputs"].cuda(),
+        tiny.scales,
+        tiny["in.prompt_embeds"].cuda(),
+        tiny["in.prompt_attention_mask"].cuda(),
+    )
+    with torch.no_grad():
+        expected = transformer(*arguments).logits
+        transformer.compile_repeated_blocks(fullgraph=True)
+        assert torch.allclose(transformer(*arguments).logits, expected, atol=1e-3)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            transformer(*arguments)
