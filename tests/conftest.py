@@ -14,6 +14,8 @@ from diffusers_hart.conversion import load_hart_checkpoint
 
 pytest_plugins = ["hub_server"]
 
+torch.set_num_threads(1)  # models are tiny here, and the suite runs in as many processes as there are cores
+
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> Path:

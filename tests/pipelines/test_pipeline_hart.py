@@ -304,6 +304,8 @@ ERRORS = [
     ({"prompt": []}, "`prompt` must be a string or a list of strings"),
     ({"prompt": ["a", None]}, "`prompt` must be a string or a list of strings"),
     ({"height": 16}, "`height`=16 and `width`=16; this model draws squares of 12 pixels"),
+    ({"height": 0}, "`height`=0 and `width`=0; this model draws squares of 12 pixels"),
+    ({"width": 16}, "`height`=16 and `width`=16; this model draws squares of 12 pixels"),
     ({"height": 12, "width": 16}, "`height`=12 and `width`=16; this model draws squares of 12 pixels"),
     ({"guidance_scale": -1.0}, "`guidance_scale` must be 0 .off. or a positive number, not -1.0"),
     ({"guidance_scale": float("nan")}, "`guidance_scale` must be"),

@@ -498,7 +498,7 @@ class HARTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attentio
         """What the sequence opens with: its tokens, their rotary embedding, the modulation and the picture's offset."""
         if self.config.num_classes is not None:
             temb = self.class_embedder(class_labels)
-            offset = torch.zeros(1, device=temb.device)
+            offset = torch.zeros(len(temb), device=temb.device)
             prefix = temb[:, None] + self.pos_start + self._level(0, temb)
             coordinates = scale_coordinates(scales, 0, temb.device)[None]
             return prefix, self.rotary_embed.visual(coordinates, offset), temb, offset

@@ -126,8 +126,9 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Defaults of the checkpoint, and checks
-        height = height or width or self.transformer.config.sample_size * self.vae_scale_factor
-        width = width or height
+        if height is None:
+            height = width if width is not None else self.transformer.config.sample_size * self.vae_scale_factor
+        width = height if width is None else width
         guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
         if num_inference_steps is None:
             num_inference_steps = self._default_num_inference_steps()
