@@ -56,11 +56,19 @@ def test_slicing_changes_nothing(tiny):
     vae = tiny.pipe.vae
     whole_codes, whole_image = vae.encode(tiny["tok.image"]).codes, vae.decode(tiny["tok.decode_in"]).sample
     vae.enable_slicing()
+    batch_sizes = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
+        for module in (vae.quant_conv, vae.post_quant_conv)
+    ]
     try:
         assert torch.equal(vae.encode(tiny["tok.image"]).codes, whole_codes)
         assert torch.allclose(vae.decode(tiny["tok.decode_in"]).sample, whole_image, atol=1e-5)
+        assert batch_sizes == [1, 1, 1, 1]
     finally:
         vae.disable_slicing()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -146,6 +146,7 @@ def test_fused_projections_change_nothing(tiny, assert_close):
     before = transformer(*arguments).logits
     transformer.fuse_qkv_projections()
     assert transformer.transformer_blocks[0].attn.fused_projections
+    assert transformer.state_dict().keys() == tiny.pipe.transformer.state_dict().keys()  # what is saved stays unfused
     assert_close(transformer(*arguments).logits, before, atol=1e-5)
     transformer.unfuse_qkv_projections()
     assert torch.equal(transformer(*arguments).logits, before)
@@ -159,10 +160,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny):
         if checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
+        runs = []
+        transformer.transformer_blocks[0].ff.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
         output = transformer(
             tiny["tok.scale_inputs"], tiny.scales, tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"]
         )
         output.logits.logsumexp(-1).mean().backward()
+        assert len(runs) == (2 if checkpointing else 1)  # once more in the backward pass
         without = {name for name, parameter in transformer.named_parameters() if parameter.grad is None}
         assert without == {"residual_norm.weight"}  # which only the residual condition goes through
         gradients.append({n: p.grad for n, p in transformer.named_parameters() if p.grad is not None})

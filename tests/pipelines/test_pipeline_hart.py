@@ -6,9 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from diffusers_hart import HARTPipeline, HARTScheduler
+from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline, HARTScheduler, HARTTransformer2DModel
 
 
 DETERMINISTIC = {"top_k": 1, "smooth": False, "residual_temperature": 0.0}
@@ -248,6 +249,10 @@ def test_the_progress_bar_counts_tokens(pipe, capfd):
 def test_without_residual(tiny):
     bare = from_components(tiny.pipe, residual_mlp=None, residual_scheduler=None)
     bare.set_progress_bar_config(disable=True)
+    images = [bare("a red circle", output_type="np", **DETERMINISTIC).images for _ in range(2)]
+    assert np.array_equal(*images)
+    with pytest.raises(ValueError, match="to 0, not 4. This pipeline has no residual diffusion"):
+        bare("a red circle", num_inference_steps=4)
     latents = bare("a red circle", generator=seeded(0), output_type="latent", smooth=False).images
     no_steps = tiny.pipe(
         "a red circle", generator=seeded(0), output_type="latent", smooth=False, num_inference_steps=0
@@ -284,15 +289,88 @@ def test_a_call_leaves_no_state_behind(pipe):
     assert np.array_equal(pipe("a red circle", generator=seeded(0), output_type="np").images, before)
 
 
-@pytest.mark.parametrize("prompt", ["", "une etoile, \u4e94\u8292\u661f, \u2b50", " ".join(["long"] * 50)])
-def test_unusual_prompts(pipe, prompt):
-    assert pipe(prompt, generator=seeded(0)).images[0].size == (12, 12)
+def test_unusual_prompts_give_pictures_of_their_own(pipe):
+    prompts = ["", "une etoile, \u4e94\u8292\u661f, \u2b50", " ".join(["long"] * 50), "a red circle"]
+    images = [pipe(prompt, generator=seeded(0), output_type="np").images for prompt in prompts]
+    for i, image in enumerate(images):
+        assert image.shape == (1, 12, 12, 3)
+        assert not any(np.array_equal(image, other) for other in images[:i])
+
+
+def test_numbers_of_other_libraries(pipe):
+    images = [
+        pipe(
+            "a red circle",
+            generator=seeded(0),
+            output_type="np",
+            guidance_scale=number(3),
+            top_k=number(5),
+            num_inference_steps=number(4),
+        ).images
+        for number in (int, np.int64)
+    ]
+    assert np.array_equal(*images)
+
+
+def test_encode_prompt_needs_only_what_concerns_text(tiny):
+    bare = HARTPipeline(tiny.pipe.tokenizer, tiny.pipe.text_encoder, None, None, None)
+    expected = tiny.pipe.encode_prompt("a red circle", max_sequence_length=12)
+    assert all(torch.equal(a, b) for a, b in zip(bare.encode_prompt("a red circle", max_sequence_length=12), expected))
+    no_text = from_components(tiny.pipe, text_encoder=None)
+    with pytest.raises(ValueError, match="no text encoder or no tokenizer: pass `prompt_embeds`"):
+        no_text("a red circle")
+
+
+def test_a_negative_prompt_beside_embeddings_of_another_length(pipe):
+    embeds, mask, _, _ = pipe.encode_prompt("a red circle", max_sequence_length=9)
+    arguments = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "output_type": "np"}
+    images = [pipe(**arguments, negative_prompt=text, generator=seeded(0)).images for text in ("a star", None)]
+    assert not np.array_equal(*images)
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 6)])
+def test_schedules_of_one_and_two_scales(tiny, scales):
+    pipe = from_components(tiny.pipe, scheduler=HARTScheduler(schedules=(scales,)))
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", height=2 * scales[-1], generator=seeded(0), output_type="pt").images
+    assert image.shape == (1, 3, 2 * scales[-1], 2 * scales[-1]) and image.isfinite().all()
+
+
+def test_hooks_that_move_weights_change_nothing(tiny):
+    """What sequential offload and device maps do, on the CPU."""
+    components = {name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()}
+    for name in ("text_encoder", "transformer", "residual_mlp", "vae"):
+        cpu_offload(components[name], execution_device="cpu")
+    offloaded = HARTPipeline(**components)
+    offloaded.set_progress_bar_config(disable=True)
+    images = [
+        p("a red circle", generator=seeded(0), output_type="pt", smooth=False).images for p in (offloaded, tiny.pipe)
+    ]
+    assert torch.allclose(*images, atol=1e-4)
+    encoded = offloaded.vae.encode(tiny["tok.image"])
+    assert torch.equal(encoded.codes, tiny["tok.indices"])
+
+
+def test_a_transformer_of_the_other_kind(tiny):
+    class_model = HARTTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=8, caption_channels=None, num_classes=3
+    )
+    with pytest.raises(ValueError, match="`transformer` is a model of classes, which HARTPipeline does not draw"):
+        from_components(tiny.pipe, transformer=class_model)
+    with pytest.raises(ValueError, match="`transformer` is a model of texts, which HARTClassConditionalPipeline"):
+        HARTClassConditionalPipeline(tiny.pipe.transformer, tiny.pipe.vae, tiny.pipe.scheduler)
 
 
 def test_a_cut_prompt_is_told_with_what_was_lost(pipe, caplog):
     pipe.encode_prompt("two green triangles under a yellow star", max_sequence_length=4)
     (record,) = caplog.records
     assert "was cut to 4" in record.message
+    caplog.clear()
+    pipe.encode_prompt("a", max_sequence_length=4, system_prompt="two green triangles under a yellow star")
+    assert "was cut to 4" in caplog.records[0].message
+    caplog.clear()
+    pipe.encode_prompt("two green triangles under a yellow star", max_sequence_length=4)
+    (record,) = caplog.records
     ids = pipe.tokenizer("two green triangles under a yellow star").input_ids
     assert pipe.tokenizer.decode(ids[4:]) in record.message
 
@@ -312,8 +390,24 @@ ERRORS = [
     ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, not 0.0"),
     ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1, not 1.5"),
     ({"top_k": 0}, "`top_k` must be a positive integer, not 0"),
-    ({"num_inference_steps": -1}, "`num_inference_steps` must be from 0 .no residual. to 1000, not -1"),
-    ({"num_inference_steps": 1001}, "`num_inference_steps` must be from 0 .no residual. to 1000, not 1001"),
+    ({"num_inference_steps": -1}, "must be an integer from 0 .no residual. to 1000, not -1"),
+    ({"num_inference_steps": 1001}, "must be an integer from 0 .no residual. to 1000, not 1001"),
+    ({"num_inference_steps": 2.5}, "must be an integer from 0 .no residual. to 1000, not 2.5"),
+    ({"top_k": True}, "`top_k` must be a positive integer, not True"),
+    ({"generator": (torch.Generator(),)}, "`generator` must be a torch.Generator or a list of them"),
+    ({"generator": [None]}, "`generator` must be a torch.Generator or a list of them"),
+    (
+        {"negative_prompt_embeds": torch.zeros(2, 12, 24), "negative_prompt_attention_mask": torch.ones(2, 12)},
+        r"`negative_prompt_embeds` must be of shape \(1, 12, 24\) like the prompts' embeddings, not \(2, 12, 24\)",
+    ),
+    (
+        {"negative_prompt_embeds": torch.zeros(1, 11, 24), "negative_prompt_attention_mask": torch.ones(1, 11)},
+        r"`negative_prompt_embeds` must be of shape \(1, 12, 24\)",
+    ),
+    (
+        {"prompt": None, "prompt_embeds": torch.zeros(0, 12, 24), "prompt_attention_mask": torch.ones(0, 12)},
+        r"`prompt_embeds` must be of shape .* not \(0, 12, 24\)",
+    ),
     ({"residual_temperature": -0.1}, "`residual_temperature` must be 0 or a positive number, not -0.1"),
     ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer, not 0"),
     ({"max_sequence_length": 0}, "`max_sequence_length` must be a positive integer, not 0"),
@@ -342,8 +436,10 @@ ERRORS = [
 @pytest.mark.parametrize(("arguments", "message"), ERRORS)
 def test_bad_arguments_get_one_clear_error(pipe, arguments, message):
     calls = []
-    pipe.text_encoder = copy.copy(pipe.text_encoder)
-    pipe.text_encoder.forward = lambda **kwargs: calls.append(kwargs)
+    for name in ("text_encoder", "transformer"):
+        component = copy.copy(getattr(pipe, name))
+        component.forward = lambda *args, **kwargs: calls.append(args)
+        setattr(pipe, name, component)
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "a red circle", **arguments})
     assert not calls  # nothing was computed

@@ -72,7 +72,7 @@ def test_save_and_load(pipe, tmp_path):
     )  # weights read from a file lie elsewhere in memory, which rounds differently
 
 
-@pytest.mark.parametrize("labels", [[3], [-1], [], [0.5], 7])
+@pytest.mark.parametrize("labels", [[3], [-1], [], [0.5], 7, [True], "cat"])
 def test_bad_labels(pipe, labels):
     with pytest.raises(ValueError, match=r"`class_labels` must be integers in \[0, 3\)"):
         pipe(labels)

@@ -47,6 +47,9 @@ def test_schedules():
     assert [len(scheduler.scales(side)) for side in (16, 32, 64)] == [10, 10, 14]
     with pytest.raises(ValueError, match="side 20; known sides: 16, 32, 64"):
         scheduler.scales(20)
+    for schedule in ((), (8,), (2, 8), (1, 4, 4)):
+        with pytest.raises(ValueError, match="must grow from a scale of side 1"):
+            HARTScheduler(schedules=(schedule,))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(40, 1.0), (7, 1.0), (40, 0.6), (7, 0.6)])

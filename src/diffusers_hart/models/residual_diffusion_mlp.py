@@ -102,7 +102,8 @@ class ResidualDiffusionMLP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Returns:
             [`ResidualDiffusionMLPOutput`] or `tuple`: noise and variance of shape `(..., 2 * in_channels)`.
         """
-        timestep = torch.as_tensor(timestep, device=sample.device)
+        if not isinstance(timestep, torch.Tensor) or timestep.ndim == 0:
+            timestep = torch.full((), float(timestep), device=sample.device)  # no copy that waits for the device
         time_proj = self.time_proj(timestep.flatten()).to(sample.dtype)
         time_embeds = self.time_embedder(time_proj).unflatten(0, timestep.shape or (1,))
         conditioning = F.silu(time_embeds + self.condition_embedder(condition))

@@ -65,6 +65,9 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         smoothing_temperature (`float`, defaults to `0.27`): Temperature of the Gumbel smoothing at the first scale.
         smoothing_decay (`float`, defaults to `0.95`): How much of that temperature is gone at the end.
         min_smoothing_temperature (`float`, defaults to `0.005`): Lower bound of that temperature.
+
+    Raises:
+        ValueError: If a schedule does not grow from a side of 1.
     """
 
     order = 1
@@ -87,7 +90,9 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         smoothing_decay: float = 0.95,
         min_smoothing_temperature: float = 0.005,
     ):
-        pass
+        for schedule in schedules:
+            if not schedule or schedule[0] != 1 or any(b <= a for a, b in zip(schedule, schedule[1:])):
+                raise ValueError(f"A schedule must grow from a scale of side 1, not {tuple(schedule)}.")
 
     def scales(self, latent_size: int) -> tuple[int, ...]:
         """

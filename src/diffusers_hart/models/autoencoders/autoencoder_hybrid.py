@@ -32,10 +32,11 @@ class HybridTokenizerOutput(BaseOutput):
             What the discrete scales leave over: `latents` is `partial_latents[-1] + residual`.
     """
 
+    # Optional, since accelerate's offload hooks rebuild outputs only if the fields after the first are.
     latents: torch.Tensor
-    codes: torch.LongTensor
-    partial_latents: tuple[torch.Tensor, ...]
-    residual: torch.Tensor
+    codes: torch.LongTensor | None = None
+    partial_latents: tuple[torch.Tensor, ...] | None = None
+    residual: torch.Tensor | None = None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

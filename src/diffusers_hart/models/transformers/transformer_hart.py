@@ -31,7 +31,9 @@ class HARTTransformer2DModelOutput(BaseOutput):
     """
 
     logits: torch.Tensor
-    hidden_states: torch.Tensor
+    hidden_states: torch.Tensor | None = (
+        None  # accelerate's offload hooks rebuild outputs whose later fields are optional
+    )
 
 
 class HARTKVLayerCache:
@@ -204,7 +206,10 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
 
     @torch.no_grad()
     def fuse_projections(self):
-        """Join the three projections into `to_qkv`. Unlike the inherited method it knows that keys have no bias."""
+        """
+        Join the three projections into `to_qkv`. Unlike the inherited method it knows that keys have no bias, and what
+        is saved of a fused model stays the three.
+        """
         if self.fused_projections:
             return
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
@@ -213,6 +218,18 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
         self.to_qkv.weight.copy_(weight)
         self.to_qkv.bias.copy_(bias)
         self.fused_projections = True
+        self._saved_layout = self.register_state_dict_post_hook(_without_fused_projections)
+
+    def unfuse_projections(self):
+        """Go back to three projections."""
+        if self.fused_projections:
+            self._saved_layout.remove()
+        super().unfuse_projections()
+
+
+def _without_fused_projections(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict):
+    for name in ("weight", "bias"):
+        state_dict.pop(f"{prefix}to_qkv.{name}", None)
 
 
 class HARTFeedForward(nn.Module):
@@ -269,14 +286,14 @@ class HARTLevelEmbedding(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever its input and its weights are kept in."""
+    """A linear layer that computes in float32, outside autocast, whatever its input and its weights are kept in."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
 class HARTAdaLayerNormOut(nn.Module):
-    """`norm(x) * (1 + scale) + shift`, scale and shift from the condition, in float32."""
+    """`norm(x) * (1 + scale) + shift`, scale and shift from the condition, in float32 outside autocast."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

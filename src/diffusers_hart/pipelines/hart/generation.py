@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,10 @@ from ...models.transformers.transformer_hart import HARTKVCache
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def is_integer(value: Any, minimum: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+
+
 class HARTGenerationMixin:
     """
     What the HART pipelines share, whatever their condition: the loop over scales, the residual diffusion behind its
@@ -23,6 +28,7 @@ class HARTGenerationMixin:
     """
 
     _callback_tensor_inputs = ["latents"]
+    _is_class_conditional = False
 
     def _check_components(self, residual_scheduler: Any, **components: Any) -> None:
         """Raises `ValueError` for a component in another's place; diffusers tells those of one base class not apart."""
@@ -37,6 +43,12 @@ class HARTGenerationMixin:
             # By name: a pipeline that is loaded as remote code has classes of its own.
             if component is not None and expected[name] not in (base.__name__ for base in type(component).__mro__):
                 raise ValueError(f"`{name}` must be a {expected[name]}, not a {type(component).__name__}.")
+        transformer = components["transformer"]
+        if transformer is not None and (transformer.config.num_classes is not None) != self._is_class_conditional:
+            raise ValueError(
+                f"`transformer` is a model of {'texts' if self._is_class_conditional else 'classes'}, which "
+                f"{type(self).__name__} does not draw."
+            )
         if residual_scheduler is not None and not hasattr(residual_scheduler, "set_timesteps"):
             raise ValueError(
                 f"`residual_scheduler` must be a scheduler of diffusion, not a {type(residual_scheduler).__name__}."
@@ -71,6 +83,24 @@ class HARTGenerationMixin:
     def image_processor(self) -> VaeImageProcessor:
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @property
+    def default_num_inference_steps(self) -> int:
+        """Steps of the residual diffusion of calls that name none; 0 without one."""
+        has_residual = self.residual_mlp is not None and self.residual_scheduler is not None
+        return self.scheduler.config.num_inference_steps if has_residual else 0
+
+    def generation_defaults(
+        self, height: int | None, width: int | None, guidance_scale: float | None, num_inference_steps: int | None
+    ) -> tuple[int, int, float, int]:
+        """The given values, and the checkpoint's own where there are none."""
+        if height is None:
+            height = width if width is not None else self.transformer.config.sample_size * self.vae_scale_factor
+        width = height if width is None else width
+        guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
+        if num_inference_steps is None:
+            num_inference_steps = self.default_num_inference_steps
+        return height, width, guidance_scale, num_inference_steps
+
     def check_generation_inputs(
         self,
         height: int,
@@ -92,18 +122,20 @@ class HARTGenerationMixin:
             )
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be 0 (off) or a positive number, not {guidance_scale}.")
-        max_steps = self.residual_scheduler.config.num_train_timesteps if self.residual_scheduler is not None else 0
-        if not 0 <= num_inference_steps <= max_steps:
+        has_residual = self.residual_mlp is not None and self.residual_scheduler is not None
+        max_steps = self.residual_scheduler.config.num_train_timesteps if has_residual else 0
+        if not is_integer(num_inference_steps, 0) or num_inference_steps > max_steps:
             raise ValueError(
-                f"`num_inference_steps` must be from 0 (no residual) to {max_steps}, not {num_inference_steps}."
+                f"`num_inference_steps` must be an integer from 0 (no residual) to {max_steps}, not "
+                f"{num_inference_steps}." + ("" if has_residual else " This pipeline has no residual diffusion.")
             )
-        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        if top_k is not None and not is_integer(top_k, 1):
             raise ValueError(f"`top_k` must be a positive integer, not {top_k}.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}.")
         if not 0 <= residual_temperature < math.inf:
             raise ValueError(f"`residual_temperature` must be 0 or a positive number, not {residual_temperature}.")
-        if residual_temperature != 1 and "temperature" not in self._residual_step_parameters():
+        if num_inference_steps and residual_temperature != 1 and "temperature" not in self._residual_step_parameters():
             raise ValueError(
                 f"`residual_temperature`={residual_temperature} needs HARTResidualScheduler; "
                 f"{type(self.residual_scheduler).__name__} knows no temperature."
@@ -130,6 +162,9 @@ class HARTGenerationMixin:
         do not fit.
         """
         shape = (batch_size, self.vae.config.latent_channels, latent_size, latent_size)
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, not {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn: pass one each."
@@ -158,7 +193,7 @@ class HARTGenerationMixin:
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """The scale loop: from a condition to the final latent `(batch_size, latent_channels, P, P)`, float32."""
-        branches = 2 if self.do_classifier_free_guidance else 1
+        branches = len(next(iter(condition.values()))) // len(residual_noise)
         latents = torch.zeros_like(residual_noise)
         scale_input = None
         kv_cache = HARTKVCache()
@@ -192,7 +227,7 @@ class HARTGenerationMixin:
                     # The pretrained residual knows the code that was drawn, also where the picture is smoothed.
                     code_embeds = self.vae.embed(drawn.codes).repeat(branches, 1, 1)
                     residual_condition = self.transformer.residual_condition(output.hidden_states, code_embeds)
-                    latents = latents + self._sample_residual(
+                    latents = latents + self.sample_residual(
                         residual_condition,
                         residual_noise,
                         guidance,
@@ -205,7 +240,7 @@ class HARTGenerationMixin:
                     callback_kwargs = {}
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, k, side, callback_kwargs)
+                    callback_outputs = callback_on_step_end(self, k, side, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
 
                 # 4. The picture so far, pooled, is what the next scale reads
@@ -215,7 +250,7 @@ class HARTGenerationMixin:
                 progress_bar.update(side * side)
         return latents
 
-    def _sample_residual(
+    def sample_residual(
         self,
         condition: torch.Tensor,
         noise: torch.Tensor,
@@ -224,8 +259,22 @@ class HARTGenerationMixin:
         temperature: float,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """The residual diffusion: from noise `(batch_size, latent_channels, P, P)` to a residual of that shape."""
-        # A copy, since schedulers keep the state of a run and a pipeline may be called by several threads.
+        """
+        The residual diffusion.
+
+        Args:
+            condition (`torch.Tensor` of shape `(branches * batch_size, P * P, inner_dim)`):
+                What [`HARTTransformer2DModel.residual_condition`] gives; with guidance, the conditional half first.
+            noise (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`): The first noise.
+            guidance (`float`): Guidance `t` of the last scale.
+            num_inference_steps (`int`): Number of steps.
+            temperature (`float`): Factor of the noise that steps add.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of that noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32: what to add to the latent.
+        """
+        # A copy, since schedulers keep the state of a run and a call leaves the pipeline's components as they are.
         scheduler = copy.deepcopy(self.residual_scheduler)
         scheduler.set_timesteps(num_inference_steps)
         takes_variance = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in (
@@ -255,11 +304,6 @@ class HARTGenerationMixin:
             return prediction
         conditional, unconditional = prediction.chunk(2)
         return (1 + guidance) * conditional - guidance * unconditional
-
-    def _default_num_inference_steps(self) -> int:
-        if self.residual_mlp is None or self.residual_scheduler is None:
-            return 0
-        return self.scheduler.config.num_inference_steps
 
     def _residual_step_parameters(self) -> set[str]:
         if self.residual_scheduler is None:

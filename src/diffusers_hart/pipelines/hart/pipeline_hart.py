@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
-from .generation import HARTGenerationMixin
+from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
@@ -155,7 +155,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
                 if len(negative_prompts) == 1:
                     negative_prompts = negative_prompts * len(prompt_embeds)
                 negative_prompt_embeds, negative_prompt_attention_mask = self._encode_text(
-                    negative_prompts, max_sequence_length, system_prompt, device
+                    negative_prompts, prompt_embeds.shape[1], system_prompt, device
                 )
 
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
@@ -175,11 +175,13 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
         )
-        for whole_ids in self.tokenizer(prompts).input_ids:
+        for whole_ids in self.tokenizer([*prompts, system_prompt or ""]).input_ids:
             if len(whole_ids) > max_sequence_length:
-                lost = self.tokenizer.decode(whole_ids[max_sequence_length:])
+                cut = len(whole_ids) - max_sequence_length
+                lost = whole_ids[:cut] if self.tokenizer.truncation_side == "left" else whole_ids[-cut:]
                 logger.warning(
-                    f"A prompt of {len(whole_ids)} tokens was cut to {max_sequence_length}; what was lost: {lost!r}"
+                    f"A prompt of {len(whole_ids)} tokens was cut to {max_sequence_length}; what was lost: "
+                    f"{self.tokenizer.decode(lost)!r}"
                 )
         input_ids = tokens.input_ids.to(device)
         attention_mask = (input_ids != self.tokenizer.pad_token_id).long()
@@ -246,22 +248,19 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             texts = text if isinstance(text, list) else [text]
             if not texts or not all(isinstance(item, str) for item in texts if text is not None):
                 raise ValueError(f"`{name}` must be a string or a list of strings, not {text!r}.")
-        if not (isinstance(num_images_per_prompt, int) and num_images_per_prompt >= 1):
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError("This pipeline has no text encoder or no tokenizer: pass `prompt_embeds`.")
+        if not is_integer(num_images_per_prompt, 1):
             raise ValueError(f"`num_images_per_prompt` must be a positive integer, not {num_images_per_prompt}.")
-        if max_sequence_length is not None and not (isinstance(max_sequence_length, int) and max_sequence_length >= 1):
+        if max_sequence_length is not None and not is_integer(max_sequence_length, 1):
             raise ValueError(f"`max_sequence_length` must be a positive integer, not {max_sequence_length}.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
-        if isinstance(negative_prompt, list) and len(negative_prompt) > 1:
-            expected = (
-                len(prompt_embeds)
-                if prompt_embeds is not None
-                else len([prompt] if isinstance(prompt, str) else prompt)
+        batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+        if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, batch_size):
+            raise ValueError(
+                f"`negative_prompt` is a list of {len(negative_prompt)} for {batch_size} prompts: pass one, or one each."
             )
-            if len(negative_prompt) != expected:
-                raise ValueError(
-                    f"`negative_prompt` is a list of {len(negative_prompt)} for {expected} prompts: pass one, or one each."
-                )
 
         width = self.transformer.config.caption_channels
         embeddings = (
@@ -271,7 +270,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         for name, embeds, mask in embeddings:
             if embeds is None:
                 continue
-            if embeds.ndim != 3 or embeds.shape[-1] != width:
+            if embeds.ndim != 3 or embeds.shape[-1] != width or not embeds.numel():
                 raise ValueError(
                     f"`{name}_embeds` must be of shape (batch_size, tokens, {width}), not {tuple(embeds.shape)}."
                 )
@@ -283,11 +282,13 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
                 raise ValueError(
                     f"`{name}_attention_mask` must be of shape {tuple(embeds.shape[:2])}, not {tuple(mask.shape)}."
                 )
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
+        if negative_prompt_embeds is not None:
+            length = max_sequence_length or self.default_max_sequence_length
+            expected = (batch_size, length if prompt_embeds is None else prompt_embeds.shape[1])
+            if tuple(negative_prompt_embeds.shape[:2]) != expected:
                 raise ValueError(
-                    f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
-                    f"{tuple(negative_prompt_embeds.shape)} must have one shape."
+                    f"`negative_prompt_embeds` must be of shape {(*expected, width)} like the prompts' embeddings, not "
+                    f"{tuple(negative_prompt_embeds.shape)}."
                 )
 
     @torch.no_grad()
@@ -336,7 +337,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             num_images_per_prompt (`int`, defaults to `1`): Pictures of each prompt.
             num_inference_steps (`int`, *optional*):
                 Steps of the residual diffusion, 0 for none; the number of scales is given by the size. By default the
-                residual scheduler's own (8 in the published model).
+                scheduler's own (8 in the published model).
             top_k (`int`, *optional*):
                 Number of codes a draw chooses from; by default the scheduler's rule (600, at late scales 300).
             top_p (`float`, *optional*): Probability mass a draw chooses from, in (0, 1]; by default all of it.
@@ -359,7 +360,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each scale as `callback(pipe, scale_index, side, tensors)`; the `latents` it returns are
-                what the next scale and the decoder see.
+                what the next scale and the decoder see. It may return nothing.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors the callback gets. `latents` is the picture's latent after the scale, of shape
                 `(batch_size, latent_channels, P, P)`, the residual included at the last.
@@ -380,12 +381,9 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Defaults of the checkpoint, and checks
-        if height is None:
-            height = width if width is not None else self.transformer.config.sample_size * self.vae_scale_factor
-        width = height if width is None else width
-        guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-        if num_inference_steps is None:
-            num_inference_steps = self._default_num_inference_steps()
+        height, width, guidance_scale, num_inference_steps = self.generation_defaults(
+            height, width, guidance_scale, num_inference_steps
+        )
         self.check_inputs(
             prompt,
             negative_prompt,

@@ -9,7 +9,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
-from .generation import HARTGenerationMixin
+from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
@@ -28,6 +28,7 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
 
     model_cpu_offload_seq = "transformer->residual_mlp->vae"
     _optional_components = ["residual_mlp", "residual_scheduler"]
+    _is_class_conditional = True
 
     def __init__(
         self,
@@ -126,21 +127,14 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Defaults of the checkpoint, and checks
-        if height is None:
-            height = width if width is not None else self.transformer.config.sample_size * self.vae_scale_factor
-        width = height if width is None else width
-        guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-        if num_inference_steps is None:
-            num_inference_steps = self._default_num_inference_steps()
-        class_labels = torch.as_tensor(class_labels).reshape(-1)
+        height, width, guidance_scale, num_inference_steps = self.generation_defaults(
+            height, width, guidance_scale, num_inference_steps
+        )
+        labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        labels = labels if isinstance(labels, list) else [labels]
         num_classes = self.transformer.config.num_classes
-        if (
-            not len(class_labels)
-            or class_labels.is_floating_point()
-            or class_labels.min() < 0
-            or class_labels.max() >= num_classes
-        ):
-            raise ValueError(f"`class_labels` must be integers in [0, {num_classes}), not {class_labels.tolist()}.")
+        if not labels or not all(is_integer(label, 0) and label < num_classes for label in labels):
+            raise ValueError(f"`class_labels` must be integers in [0, {num_classes}), not {class_labels}.")
         self.check_generation_inputs(
             height,
             width,
@@ -159,10 +153,10 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
         scales = self.scheduler.scales(height // self.vae_scale_factor)
 
         # 2. First noise of the residual
-        residual_noise = self.prepare_latents(len(class_labels), scales[-1], device, generator, latents)
+        residual_noise = self.prepare_latents(len(labels), scales[-1], device, generator, latents)
 
         # 3. The classes; the last row of the table is "no class"
-        class_labels = class_labels.to(device)
+        class_labels = torch.tensor(labels, device=device)
         if self.do_classifier_free_guidance:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, num_classes)])
 
