@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,3 +369,14 @@ def test_info_of_broken_folders(saved, tmp_path, capsys):
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(whole[:100])
     assert "truncated" in fails(capsys, "info", str(tmp_path))
     assert "nothing/at/all" in fails(capsys, "info", "nothing/at/all")
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "transformer"])
+def test_truncated_weights_are_one_line(saved, tmp_path, capsys, component):
+    folder = tmp_path / "cut"
+    shutil.copytree(saved, folder)
+    (weights,) = (folder / component).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert main(["generate", "cat", "--model", str(folder)]) == 1
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("diffusers-hart: error: ")

@@ -39,3 +39,4 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 transformers.logging.set_verbosity(_verbosity)
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("hart", HARTPipeline)
+del _pipeline, _verbosity
