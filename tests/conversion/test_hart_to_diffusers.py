@@ -127,3 +127,12 @@ def test_nothing_is_left_behind_by_a_failure(checkpoint, text_encoder, tmp_path)
     with pytest.raises(ValueError, match="1 missing: head.weight"):
         convert_hart_to_diffusers(checkpoint, text_encoder("t2i_tiny"), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_text_encoder_without_its_tokenizer(golden, tmp_path):
+    """transformers makes up an empty tokenizer from the model's config, to which every prompt is empty."""
+    with pytest.raises(ValueError, match="has no tokenizer: its files"):
+        convert_hart_to_diffusers(
+            golden / "t2i_tiny" / "original", golden / "t2i_tiny" / "text_encoder", tmp_path / "converted"
+        )
+    assert not (tmp_path / "converted").exists()

@@ -197,7 +197,7 @@ def _residual_outputs(
     output = pipe.residual_mlp(
         original["residual.sample"].to(dtype), original["residual.timestep"], original["residual.condition"].to(dtype)
     ).sample
-    latents = pipe._sample_residual(
+    latents = pipe.sample_residual(
         original["generation.residual_condition"].to(dtype),
         original["picture.noise"],
         guidance=pipe.scheduler.guidance(guidance_scale, len(scales) - 1, len(scales)),

@@ -88,6 +88,10 @@ def _load_text_encoder(
             f"The text encoder {path} ({type(text_encoder).__name__}) has hidden states of width {hidden_size}; the "
             f"checkpoint was trained on a language model of width {width} (`context_dim`)."
         )
+    if not tokenizer("a").input_ids:
+        raise ValueError(
+            f"{path} has no tokenizer: its files (`tokenizer.json`, ...) must lie beside the text encoder's."
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"The tokenizer of {path} has no pad token, which tells text from padding: name one as `pad_token` in its "

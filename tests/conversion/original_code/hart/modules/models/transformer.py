@@ -26,7 +26,7 @@ class DiffusionLoss(torch.nn.Module):
         pipe, channels = self.pipe[0], self.pipe[0].vae.config.latent_channels
         noise = torch.randn(len(z) // 2, channels)
         pipe._guidance_scale = cfg
-        residual = pipe._sample_residual(
+        residual = pipe.sample_residual(
             z.unflatten(0, (2, -1)),
             noise.T[None, :, :, None],
             cfg,
