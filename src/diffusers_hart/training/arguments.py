@@ -2,6 +2,24 @@
 import argparse
 
 
+def positive_int(text: str) -> int:
+    """The type of an argument that is a number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """The type of an argument that is a share of a whole, from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, caption_column: str | None = "text") -> None:
     """Where pictures come from and how they are read."""
     group = parser.add_argument_group("data, one of the first four")
@@ -14,7 +32,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, caption_column: str | No
     if caption_column is not None:
         group.add_argument("--caption_column", default=caption_column)
     group.add_argument("--cache_dir")
-    group.add_argument("--resolution", type=int, help="side of the training pictures in pixels")
+    group.add_argument("--resolution", type=positive_int, help="side of the training pictures in pixels")
     group.add_argument("--random_crop", action="store_true", help="crop at random instead of in the middle")
     group.add_argument("--random_flip", action="store_true")
     group.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
@@ -26,9 +44,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", required=True)
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--train_batch_size", type=int, default=4, help="pictures a process and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--max_train_steps", type=int, default=1000)
+    group.add_argument("--train_batch_size", type=positive_int, default=4, help="pictures a process and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    group.add_argument("--max_train_steps", type=positive_int, default=1000)
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     group.add_argument("--gradient_checkpointing", action="store_true")
     group.add_argument("--allow_tf32", action="store_true")
@@ -45,16 +63,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_grad_norm", type=float, default=1.0)
     group.add_argument("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
     group.add_argument("--use_ema", action="store_true")
-    group.add_argument("--ema_decay", type=float, default=0.9999)
+    group.add_argument("--ema_decay", type=share, default=0.9999)
 
     group = parser.add_argument_group("checkpoints and trackers")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int)
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=positive_int)
     group.add_argument("--resume_from_checkpoint", help="a checkpoint's folder, or 'latest'")
     group.add_argument("--report_to", help="tensorboard, wandb, ... or all")
     group.add_argument("--logging_dir", default="logs")
-    group.add_argument("--logging_steps", type=int, default=10)
-    group.add_argument("--validation_steps", type=int, default=500)
+    group.add_argument("--logging_steps", type=positive_int, default=10)
+    group.add_argument("--validation_steps", type=positive_int, default=500)
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id")
     group.add_argument("--hub_token")
@@ -70,13 +88,16 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--from_scratch", action="store_true", help="new transformer and residual MLP, of its sizes")
     group.add_argument("--transformer_config", help="JSON file of arguments of a new transformer, instead of its own")
     group.add_argument("--residual_mlp_config", help="JSON file of arguments of a new residual MLP")
+    group.add_argument("--compile", action="store_true", help="compile the repeated blocks, with dynamic shapes")
     group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--no_token_drop", action="store_true", help="go through all tokens of the last scale")
     group.add_argument("--residual_loss_weight", type=float, default=1.0)
-    group.add_argument("--residual_batch_multiplier", type=int, default=4, help="times, noises of each residual")
+    group.add_argument(
+        "--residual_batch_multiplier", type=positive_int, default=4, help="times, noises of each residual"
+    )
 
     group = parser.add_argument_group("validation")
-    group.add_argument("--num_validation_images", type=int, default=4, help="of each condition")
+    group.add_argument("--num_validation_images", type=positive_int, default=4, help="of each condition")
     group.add_argument("--validation_guidance_scale", type=float, help="by default the scheduler's")

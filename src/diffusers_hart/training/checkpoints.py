@@ -50,7 +50,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
         unfinished.rename(folder)
         if limit is not None:
             checkpoints = list_checkpoints(output_dir)
-            for old in checkpoints[: max(0, checkpoints.index(folder) + 1 - max(1, limit))]:
+            for old in checkpoints[: max(0, checkpoints.index(folder) + 1 - limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     logger.info(f"Saved {folder}")

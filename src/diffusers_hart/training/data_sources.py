@@ -59,7 +59,7 @@ def load_image_source(
 
     if train_data_dir is not None:
         if caption_column is not None:
-            _check_metadata(Path(train_data_dir))
+            _check_metadata(Path(train_data_dir), cache_dir)
         source = datasets.load_dataset("imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir)
     elif train_shards is not None:
         source = datasets.load_dataset(
@@ -130,7 +130,7 @@ def check_label(label: Any, num_classes: int, image: Any) -> int:
     return int(label)
 
 
-def _check_metadata(folder: Path) -> None:
+def _check_metadata(folder: Path, cache_dir: str | None) -> None:
     """Raises `ValueError` unless captions and pictures of a folder match one to one; labelled folders have none."""
     import datasets
 
@@ -140,7 +140,7 @@ def _check_metadata(folder: Path) -> None:
     named = set()
     for table in tables:
         kind = "csv" if table.suffix == ".csv" else "json"
-        rows = datasets.load_dataset(kind, data_files=str(table), split="train")
+        rows = datasets.load_dataset(kind, data_files=str(table), split="train", cache_dir=cache_dir)
         if "file_name" not in rows.column_names:
             raise ValueError(f"{table} has no column 'file_name'; it has {rows.column_names}.")
         named |= {(table.parent / name).resolve() for name in rows["file_name"]}

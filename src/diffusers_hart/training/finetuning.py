@@ -46,7 +46,7 @@ def trainable_models(
     Raises:
         ValueError: If the models do not fit each other, the tokenizer, the text encoder or the number of scales.
     """
-    if not args.from_scratch and (args.transformer_config or args.residual_mlp_config):
+    if not args.from_scratch and (args.transformer_config or (args.residual_mlp_config and residual_mlp is not None)):
         raise ValueError("--transformer_config and --residual_mlp_config describe new models: add --from_scratch.")
     if args.from_scratch:
         transformer = new_transformer({**new_config, "sample_size": scales[-1]}, args.seed)
@@ -62,6 +62,8 @@ def trainable_models(
         model.requires_grad_(True).train()
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if args.compile:
+            model.compile_repeated_blocks(dynamic=True)
     return models
 
 

@@ -92,7 +92,7 @@ def write_precomputed_targets(
     own = _missing_shards(source, shard_size, unfinished, state.process_index, state.num_processes)
     for shard, raw_examples in tqdm(own, desc="Shards", disable=not state.is_local_main_process):
         loader = torch.utils.data.DataLoader(
-            _Prepared(raw_examples, prepare, on_bad_image),
+            _Prepared(raw_examples, prepare, on_bad_image, shard.name),
             batch_size,
             collate_fn=list,
             num_workers=num_workers,
@@ -164,17 +164,18 @@ def precomputed_preparer(num_classes: int | None = None) -> Callable[[Any, torch
 class _Prepared(torch.utils.data.Dataset):
     """Prepared examples; `None` in place of an unreadable one that is to be left out."""
 
-    def __init__(self, raw_examples: list[Any], prepare: Callable, on_bad_image: str):
+    def __init__(self, raw_examples: list[Any], prepare: Callable, on_bad_image: str, name: str):
         self.raw_examples = raw_examples
         self.prepare = prepare
         self.on_bad_image = on_bad_image
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.raw_examples)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         try:
-            return self.prepare(self.raw_examples[index], seeded_generator("cpu", "augmentation", index))
+            return self.prepare(self.raw_examples[index], seeded_generator("cpu", "caption", self.name, index))
         except UnreadableImage as error:
             if self.on_bad_image == "error":
                 raise

@@ -37,10 +37,11 @@ def open_training_data(
     scales: Sequence[int],
     column: str,
     precomputed_columns: Sequence[str],
+    caption_channels: int | None = None,
 ) -> Any:
     """
     The source of a training's examples: pictures with captions or labels in `column`, or pre-computed targets, which
-    must have one of `precomputed_columns`.
+    must have one of `precomputed_columns`; embeddings of captions among them must be `caption_channels` wide.
 
     Raises:
         ValueError: As [`load_image_source`] and [`load_precomputed_targets`]; and if the arguments contradict each
@@ -66,6 +67,11 @@ def open_training_data(
         raise ValueError(
             f"The targets in {args.precomputed_data_dir} have no column {' or '.join(precomputed_columns)}; they have "
             f"{source.column_names}."
+        )
+    if "prompt_embeds" in source.column_names and source.features["prompt_embeds"].shape[-1] != caption_channels:
+        raise ValueError(
+            f"The captions in {args.precomputed_data_dir} are embedded in {source.features['prompt_embeds'].shape[-1]} "
+            f"channels, but the transformer reads {caption_channels}."
         )
     return source
 

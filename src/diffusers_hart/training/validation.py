@@ -5,11 +5,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from .random_draws import seeded_generator
+
+
+def log_image_grid(
+    accelerator: Accelerator, images: list[PIL.Image.Image], columns: int, output_dir: str | Path, step: int
+) -> Path:
+    """
+    Save pictures as one grid, `{output_dir}/validation/step-{step}.png`, and give them to the trackers that take
+    pictures. Only for the main process.
+
+    Args:
+        accelerator (`Accelerator`): Its trackers are used.
+        images (`list[PIL.Image.Image]`): The pictures, row by row.
+        columns (`int`): Number of pictures in a row.
+        output_dir (`str` or `Path`): Folder of the run.
+        step (`int`): Number of optimizer steps so far.
+
+    Returns:
+        `Path`: The file.
+    """
+    path = Path(output_dir) / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
+    return path
 
 
 def log_validation(
@@ -20,8 +50,8 @@ def log_validation(
     step: int,
 ) -> Path:
     r"""
-    Draw `--num_validation_images` pictures of each condition, from the same random numbers each time, save them as one
-    grid, `{output_dir}/validation/step-{step}.png`, and give them to the trackers that take pictures.
+    Draw `--num_validation_images` pictures of each condition, from the same random numbers each time, a row of a grid
+    each, and log it as [`log_image_grid`] does.
 
     Args:
         args (`argparse.Namespace`): The arguments of [`add_hart_arguments`] and [`add_training_arguments`].
@@ -41,13 +71,4 @@ def log_validation(
         with accelerator.autocast():
             drawn = pipe(**condition, guidance_scale=args.validation_guidance_scale, generator=generators)
         images += drawn.images
-    path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(conditions), cols=args.num_validation_images).save(path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            pixels = np.stack([np.asarray(image) for image in images])
-            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": images}, step=step)
-    return path
+    return log_image_grid(accelerator, images, args.num_validation_images, args.output_dir, step)

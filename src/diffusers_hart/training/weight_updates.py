@@ -8,6 +8,7 @@ import torch.nn as nn
 from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 
 from .ema import CheckpointedEMA
 from .train_loop import create_optimizer
@@ -48,7 +49,8 @@ class WeightUpdates:
         accelerator.register_for_checkpointing(self.lr_scheduler)
         self.ema = None
         if args.use_ema:
-            self.ema = CheckpointedEMA(self.module.parameters(), decay=args.ema_decay, foreach=True)
+            foreach = not self.is_sharded  # sharded tensors have no copies of many at once
+            self.ema = CheckpointedEMA(self.module.parameters(), decay=args.ema_decay, foreach=foreach)
             accelerator.register_for_checkpointing(self.ema)
 
     def update(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ class WeightUpdates:
         figures = {"learning_rate": torch.tensor(self.lr_scheduler.get_last_lr()[0], device=loss.device)}
         grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         if self.accelerator.scaler is None:  # with fp16 a norm that is not finite is a step that the scaler leaves out
-            figures["grad_norm"] = grad_norm
+            figures["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
