@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the transformer and the residual MLP of a HART text-to-image pipeline."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_hart import HARTPipeline, HARTResidualScheduler, HARTTransformer2DModel
+from diffusers_hart.training.arguments import add_data_arguments, add_hart_arguments, add_training_arguments, share
+from diffusers_hart.training.finetuning import frozen_dtype, trainable_models, training_module, training_settings
+from diffusers_hart.training.new_models import config_of, read_config
+from diffusers_hart.training.publishing import hub_repository, publish_pipeline
+from diffusers_hart.training.train_loop import create_accelerator, mean_figures, train
+from diffusers_hart.training.training_data import (
+    batch_targets,
+    open_training_data,
+    training_preparer,
+    training_scales,
+)
+from diffusers_hart.training.validation import log_validation
+from diffusers_hart.training.weight_updates import WeightUpdates
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_hart_arguments(parser)
+    parser.add_argument("--caption_dropout", type=share, default=0.1, help="share of captions that are left out")
+    parser.add_argument("--validation_prompt", nargs="+", default=[], help="one or several; none, no validation")
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.pretrained_model_name_or_path is None:
+        parser.error(
+            "--pretrained_model_name_or_path is needed, from scratch too: for its tokenizers and text encoder"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> Path:
+    args = parse_args(argv)
+    accelerator = create_accelerator(args)
+    repo_id = hub_repository(args) if accelerator.is_main_process else None
+
+    # 1. The models: those that are trained in float32, the frozen ones in the precision of the run
+    def load_pipeline(**options: Any) -> HARTPipeline:
+        return HARTPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, **options
+        )
+
+    dtypes = {"transformer": torch.float32, "residual_mlp": torch.float32, "default": frozen_dtype(accelerator)}
+    pipe = load_pipeline(dtype=dtypes)
+    vae = pipe.vae.requires_grad_(False).to(accelerator.device)
+    text_encoder = pipe.text_encoder.requires_grad_(False).to(accelerator.device)
+    schedulers = {
+        "scheduler": pipe.scheduler,
+        "residual_scheduler": pipe.residual_scheduler or HARTResidualScheduler(),
+    }
+    scales = training_scales(pipe.scheduler, vae, args.resolution, pipe.transformer.config.sample_size)
+    new_config = config_of(pipe.transformer) | read_config(args.transformer_config, HARTTransformer2DModel)
+    models = trainable_models(args, pipe.transformer, pipe.residual_mlp, vae, scales, new_config, text_encoder)
+    pipe.register_modules(**models)
+    module = training_module(args, models, vae, pipe.scheduler, scales, args.caption_dropout)
+
+    # 2. The data: pictures or their targets, captions or their embeddings
+    config = module.transformer.config
+    with accelerator.main_process_first():
+        columns = (args.caption_column, ("prompt_embeds", "caption"))
+        source = open_training_data(args, vae, scales, *columns, config.caption_channels)
+    prepare = training_preparer(args, vae, scales, args.caption_column)
+
+    @torch.no_grad()
+    def encode_text(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if "prompt_embeds" in batch:
+            embeds, mask = batch["prompt_embeds"], batch["prompt_attention_mask"]
+        else:
+            embeds, mask, _, _ = pipe.encode_prompt(
+                batch["caption"],
+                device=text_encoder.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=config.caption_length,
+            )
+        return {
+            "prompt_embeds": embeds.to(accelerator.device),
+            "prompt_attention_mask": mask.to(accelerator.device),
+        }
+
+    # 3. One step
+    weights = WeightUpdates(args, accelerator, module)
+
+    def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
+        figures = []
+        for batch in micro_batches:
+            targets = batch_targets(batch, vae, scales)
+            text = encode_text(batch)
+            with accelerator.accumulate(weights.module):
+                losses = weights.module(targets, step, batch["position"], **text)
+                figures.append(losses | weights.update(losses["loss"]))
+        return mean_figures(figures)
+
+    # 4. Validation, with the averaged weights if there are any
+    prompts = [encode_text({"caption": [prompt]}) for prompt in args.validation_prompt]
+    conditions = [prompt | {"num_images_per_prompt": args.num_validation_images} for prompt in prompts]
+    if args.precomputed_data_dir is not None and "prompt_embeds" in source.column_names:
+        text_encoder.to("cpu")
+
+    def validate(step: int) -> None:
+        with weights.for_inference() as current:
+            if current:
+                drawing = HARTPipeline(tokenizer=None, text_encoder=None, vae=vae, **schedulers, **current)
+                log_validation(args, accelerator, drawing, conditions, step)
+
+    # 5. The run, and the pipeline with the frozen weights as they were stored
+    train(args, accelerator, source, prepare, training_step, validate if conditions else None)
+    with weights.for_inference() as current:
+        if current:
+            publish_pipeline(
+                args,
+                load_pipeline(dtype={"text_encoder": "auto", "default": torch.float32}, **current, **schedulers),
+                "A text-to-image pipeline of HART, trained with diffusers-hart.",
+                training_settings(args, accelerator, scales),
+                pipeline_tag="text-to-image",
+                repo_id=repo_id,
+                base_model=args.pretrained_model_name_or_path,
+            )
+    accelerator.end_training()
+    return Path(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
