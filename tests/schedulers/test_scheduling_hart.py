@@ -114,3 +114,8 @@ def test_without_a_generator_draws_differ_and_with_one_the_global_state_is_left_
     assert torch.equal(torch.get_rng_state(), state)
     first, second = (scheduler.step(logits, 4, 14).weights for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def test_logits_that_are_no_numbers_draw_codes_that_exist(logits):
+    codes = HARTScheduler().step(torch.full_like(logits, torch.nan), 3, 14, smooth=False).codes
+    assert codes.min() >= 0 and codes.max() < logits.shape[-1]

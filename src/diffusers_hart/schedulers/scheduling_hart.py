@@ -192,7 +192,9 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         """
         cumulative = logits.softmax(-1).cumsum(-1)
         # The threshold is in (0, total]: the first code that reaches it never is one of probability zero.
-        return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:]).squeeze(-1)
+        codes = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:]).squeeze(-1)
+        # Logits that are no numbers end past the last code: they are to show in the result, not in a failed look-up.
+        return codes.clamp_(max=logits.shape[-1] - 1)
 
     def smooth_weights(
         self, logits: torch.Tensor, gumbel_noise: torch.Tensor, scale_index: int, num_scales: int

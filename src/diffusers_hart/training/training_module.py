@@ -162,8 +162,7 @@ class HARTTrainingModule(nn.Module):
             positions,
         )
         masked = self.scheduler.mask_logits(logits, 0, self.sample_top_k, self.sample_top_p)
-        # Logits that are no numbers draw a code past the last one. The loss is to report them, not a failed look-up.
-        return self.scheduler.draw_codes(masked, uniform).clamp(max=logits.shape[-1] - 1)
+        return self.scheduler.draw_codes(masked, uniform)
 
     def residual_loss(
         self, residual: torch.Tensor, condition: torch.Tensor, positions: Sequence[int]
