@@ -13,8 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
+from hub_server import Repository
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import Qwen2Config, Qwen2Model
 
 from diffusers_hart import HARTPipeline, HARTScheduler
@@ -111,13 +112,13 @@ def test_one_batch_is_learnt(train, tmp_path):
     """The floor of the code loss is 0: the codes follow from the picture, and the picture from its caption."""
     data = f"--train_data_dir {write_pictures(tmp_path / 'two', 2)}"
     options = (
-        "--from_scratch --caption_dropout 0 --learning_rate 3e-3 --max_train_steps 150 --checkpointing_steps 1000"
+        "--from_scratch --caption_dropout 0 --learning_rate 3e-3 --max_train_steps 120 --checkpointing_steps 1000"
     )
     folder = train("run", options, data=data)
     code_loss, residual_mse = metrics(folder, "code_loss"), metrics(folder, "residual_mse")
     assert code_loss[1] == pytest.approx(np.log(512), abs=0.1)
-    assert np.mean([code_loss[step] for step in range(141, 151)]) < 0.15
-    assert np.mean([residual_mse[step] for step in range(141, 151)]) < 0.5 * residual_mse[1]
+    assert np.mean([code_loss[step] for step in range(111, 121)]) < 0.25
+    assert np.mean([residual_mse[step] for step in range(111, 121)]) < 0.5 * residual_mse[1]
 
     # What was learnt is what generation draws, from captions alone.
     pipe = HARTPipeline.from_pretrained(folder)
@@ -145,24 +146,33 @@ def test_resuming_continues_exactly(train, tmp_path):
     assert_same_weights(whole, resumed)
 
 
-def run_as_one_of_two(rank, port, arguments):
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)
+def run_as_one_of_two(rank, arguments):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     load_script("train_text_to_image").main(arguments)
 
 
-def test_two_processes_are_one(train, tiny_pipeline, pictures, tmp_path):
-    """Two processes of gloo, one process with their batch and one that accumulates it give the same run."""
-    options = "--max_train_steps 3 --checkpointing_steps 2 --use_ema"
+def test_two_processes_are_one(train, tiny_pipeline, pictures, tmp_path, hub, monkeypatch):
+    """
+    Two processes of gloo, one process with their batch and one that accumulates it give the same run; the two take the
+    pipeline from the Hub and push what becomes of it.
+    """
+    files = {str(path.relative_to(tiny_pipeline)): path.read_bytes() for path in tiny_pipeline.rglob("*.*")}
+    hub.repositories["me/tiny"] = Repository()
+    hub.repositories["me/tiny"].commit(files, "A pipeline")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    options = "--max_train_steps 3 --checkpointing_steps 2 --use_ema"
     arguments = (
-        f"--pretrained_model_name_or_path {tiny_pipeline} --cache_dir {tmp_path}/cache --logging_steps 1"
-        f" --output_dir {tmp_path}/two --train_batch_size 2 --train_data_dir {pictures} {options}"
+        f"--pretrained_model_name_or_path me/tiny --train_data_dir {pictures} --train_batch_size 2 {options}"
+        f" --cache_dir {tmp_path}/cache --logging_steps 1 --output_dir {tmp_path}/two --push_to_hub"
     )
-    torch.multiprocessing.spawn(run_as_one_of_two, (port, arguments.split()), nprocs=2)
+    with monkeypatch.context() as environment:
+        for name, value in {**hub.environment(), **world}.items():
+            environment.setenv(name, value)
+        torch.multiprocessing.spawn(run_as_one_of_two, (arguments.split(),), nprocs=2)
+
     two = tmp_path / "two"
     one = train("one", f"{options} --train_batch_size 4")
     accumulated = train("accumulated", f"{options} --gradient_accumulation_steps 2")
@@ -172,6 +182,15 @@ def test_two_processes_are_one(train, tiny_pipeline, pictures, tmp_path):
     assert_same_weights(two, one, rtol=0, atol=1e-5)
     resumed = train("two", f"{options} --train_batch_size 4 --resume_from_checkpoint checkpoint-2")
     assert metrics(resumed) == pytest.approx(metrics(one), rel=1e-5)
+
+    pushed = hub.repositories["me/two"].files
+    folders = {path.name for path in tiny_pipeline.iterdir() if path.is_dir()}
+    assert {path.split("/")[0] for path in pushed if "/" in path} == folders
+    for model in ("transformer", "residual_mlp"):
+        values = load(pushed[f"{model}/diffusion_pytorch_model.safetensors"])
+        torch.testing.assert_close(values, weights(one, model), rtol=0, atol=1e-5)
+    card = pushed["README.md"].decode()
+    assert "base_model: me/tiny" in card and 'HARTPipeline.from_pretrained("me/two")' in card
 
 
 def test_what_is_saved(train, tiny_pipeline, tmp_path):
@@ -458,24 +477,3 @@ def test_arguments_out_of_range(options, message, script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(["--output_dir", str(tmp_path), *options.split()])
     assert message in capsys.readouterr().err
-
-
-def train_on_the_hub(pictures, folder):
-    """A pipeline from the Hub, trained and pushed there; what comes back of it."""
-    random_pipeline().push_to_hub("me/tiny")
-    os.chdir(folder)
-    load_script("train_text_to_image").main(
-        f"--pretrained_model_name_or_path me/tiny --train_data_dir {pictures} --cache_dir {folder}/cache"
-        " --output_dir trained --train_batch_size 2 --max_train_steps 1 --push_to_hub --use_ema".split()
-    )
-    pushed = HARTPipeline.from_pretrained("me/trained").transformer.state_dict()
-    saved = HARTPipeline.from_pretrained("trained").transformer.state_dict()
-    return all(torch.equal(pushed[name], saved[name]) for name in saved)
-
-
-def test_from_the_hub_and_back(hub, pictures, tmp_path):
-    assert hub.call(train_on_the_hub, str(pictures), str(tmp_path), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    files = hub.repositories["me/trained"].files
-    assert not [path for path in files if path.startswith(("checkpoint", "logs", "."))]
-    card = files["README.md"].decode()
-    assert "base_model: me/tiny" in card and 'HARTPipeline.from_pretrained("me/trained")' in card
