@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging, make_image_grid
+from diffusers.utils import logging
 
 from diffusers_hart import HybridTokenizer
 from diffusers_hart.training.adversarial_loss import AdversarialLoss
@@ -34,6 +33,7 @@ from diffusers_hart.training.tokenizer_training import (
     quantize_for_training,
 )
 from diffusers_hart.training.train_loop import create_accelerator, mean_figures, train
+from diffusers_hart.training.validation import log_image_grid
 from diffusers_hart.training.weight_updates import WeightUpdates
 
 
@@ -305,15 +305,7 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.log({f"psnr_{name}": value for name, value in psnr.items()}, step=step)
         side_by_side = torch.stack(list(columns.values()), dim=1).flatten(0, 1).cpu()
         pictures = VaeImageProcessor().postprocess(side_by_side, output_type="pil")
-        folder = Path(args.output_dir) / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        make_image_grid(pictures, len(images), len(columns)).save(folder / f"step-{step:06d}.png")
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pixels = np.stack([np.asarray(picture) for picture in pictures])
-                tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": pictures}, step=step)
+        log_image_grid(accelerator, pictures, len(columns), args.output_dir, step)
 
     steps = train(args, accelerator, source, prepare, training_step, validate)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
@@ -68,7 +69,8 @@ def log_validation(
     for condition in conditions:
         places = range(args.num_validation_images)
         generators = [seeded_generator("cpu", args.seed, "validation", place) for place in places]
-        with accelerator.autocast():
+        # Blocks compiled for training steps would be compiled anew for each scale.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             drawn = pipe(**condition, guidance_scale=args.validation_guidance_scale, generator=generators)
         images += drawn.images
     return log_image_grid(accelerator, images, args.num_validation_images, args.output_dir, step)
