@@ -263,6 +263,17 @@ def test_mixed_precision_and_gradient_checkpointing(train):
     assert all(value.dtype == torch.float32 for value in weights(half, "transformer").values())
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(train):
+    """Over numbers of kept tokens that differ from step to step; the picture at the end is drawn without compiling."""
+    options = "--max_train_steps 4 --num_validation_images 1"
+    losses = [
+        metrics(train(name, f"{options} {flag}", "--validation_prompt", "a red circle"), "loss")
+        for name, flag in (("plain", ""), ("compiled", "--compile"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_new_models_of_other_sizes(train, tmp_path):
     (tmp_path / "transformer.json").write_text('{"num_layers": 1, "num_attention_heads": 2, "caption_length": 40}')
     (tmp_path / "residual_mlp.json").write_text('{"hidden_size": 32, "num_layers": 1}')
