@@ -152,7 +152,7 @@ def train(
         if not_finite:
             raise NonFiniteLoss(
                 f"`{not_finite[0]}` of step {done} is not finite. Training stopped; resume from the last checkpoint with "
-                "another learning rate, precision or seed."
+                "another precision or seed, or start anew with a lower learning rate."
             )
         progress_bar.update()
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
