@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline, HARTScheduler, HARTTransformer2DModel
 
@@ -351,6 +353,23 @@ def test_hooks_that_move_weights_change_nothing(tiny):
     assert torch.equal(encoded.codes, tiny["tok.indices"])
 
 
+@pytest.mark.parametrize("flagged", [True, False])
+def test_the_safety_checker_blackens_what_it_flags(tiny, flagged):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    with torch.random.fork_rng():
+        checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.data.fill_(-2.0 if flagged else 2.0)  # thresholds of a cosine similarity
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    extractor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    checked = from_components(tiny.pipe, safety_checker=checker, feature_extractor=extractor)
+    checked.set_progress_bar_config(disable=True)
+    output = checked("a red circle", generator=seeded(0), output_type="np", num_images_per_prompt=2)
+    assert output.nsfw_content_detected == [flagged, flagged]
+    plain = tiny.pipe("a red circle", generator=seeded(0), output_type="np", num_images_per_prompt=2).images
+    assert np.array_equal(output.images, np.zeros_like(plain) if flagged else plain)
+
+
 def test_a_transformer_of_the_other_kind(tiny):
     class_model = HARTTransformer2DModel(
         num_layers=1, num_attention_heads=1, attention_head_dim=8, caption_channels=None, num_classes=3
@@ -362,17 +381,18 @@ def test_a_transformer_of_the_other_kind(tiny):
 
 
 def test_a_cut_prompt_is_told_with_what_was_lost(pipe, caplog):
-    pipe.encode_prompt("two green triangles under a yellow star", max_sequence_length=4)
-    (record,) = caplog.records
-    assert "was cut to 4" in record.message
-    caplog.clear()
-    pipe.encode_prompt("a", max_sequence_length=4, system_prompt="two green triangles under a yellow star")
-    assert "was cut to 4" in caplog.records[0].message
-    caplog.clear()
-    pipe.encode_prompt("two green triangles under a yellow star", max_sequence_length=4)
-    (record,) = caplog.records
-    ids = pipe.tokenizer("two green triangles under a yellow star").input_ids
-    assert pipe.tokenizer.decode(ids[4:]) in record.message
+    text = "two green triangles under a yellow star"
+    lost = pipe.tokenizer.decode(pipe.tokenizer(text).input_ids[4:])
+
+    def told(*args, **kwargs):
+        caplog.clear()
+        pipe.encode_prompt(*args, **kwargs, max_sequence_length=4)
+        return [record.message for record in caplog.records if record.name.startswith("diffusers_hart")]
+
+    for messages in (told(text), told("a", system_prompt=text)):
+        assert len(messages) == 1
+        assert "was cut to 4" in messages[0] and lost in messages[0]
+    assert not told("a")
 
 
 ERRORS = [

@@ -61,9 +61,8 @@ def image_to_tensor(
     scale = resolution / min(image.size)
     size = tuple(max(resolution, round(side * scale)) for side in image.size)
     image = image.resize(size, PIL.Image.Resampling.LANCZOS) if size != image.size else image
-    crop_x, crop_y, flip = torch.rand(3, generator=generator).tolist() if random_crop else (0.5, 0.5, 1.0)
-    if random_flip and not random_crop:
-        flip = torch.rand((), generator=generator).item()
+    *crop, flip = torch.rand(3, generator=generator).tolist()
+    crop_x, crop_y = crop if random_crop else (0.5, 0.5)
     left, top = round(crop_x * (size[0] - resolution)), round(crop_y * (size[1] - resolution))
     image = image.crop((left, top, left + resolution, top + resolution))
     if random_flip and flip < 0.5:
