@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config, Qwen2Model
 
 from ..models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ..schedulers import HARTScheduler
@@ -32,6 +35,37 @@ def read_config(path: str | None, model_class: type[ConfigMixin]) -> dict[str, A
     if unknown := sorted(set(config) - set(_arguments(model_class))):
         raise ValueError(f"{path}: {model_class.__name__} has no {unknown}; it has {_arguments(model_class)}.")
     return config
+
+
+def read_text_encoder_config(path: str | None) -> dict[str, Any]:
+    """
+    Arguments of a `Qwen2Config` from a JSON file; none without a file.
+
+    Raises:
+        ValueError: If the file has names that the configuration does not know.
+    """
+    if path is None:
+        return {}
+    with open(path) as file:
+        config = json.load(file)
+    known = Qwen2Config().to_dict()
+    if unknown := sorted(set(config) - set(known)):
+        raise ValueError(f"{path}: Qwen2Config has no {unknown}; it has {sorted(known)}.")
+    return config
+
+
+@contextmanager
+def weights_from(seed: int) -> Iterator[None]:
+    """Models built in here get weights that are a function of the seed; global random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, unlike torch.manual_seed
+        yield
+
+
+def new_text_encoder(config: Qwen2Config, seed: int) -> Qwen2Model:
+    """A text encoder to train from the beginning, in float32; its weights are a function of `seed`."""
+    with weights_from(seed):
+        return Qwen2Model(config)
 
 
 def new_transformer(config: dict[str, Any], seed: int) -> HARTTransformer2DModel:

@@ -9,10 +9,13 @@ from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
-from transformers import get_wsd_schedule
+from transformers import PreTrainedModel, get_wsd_schedule
 
 from .ema import CheckpointedEMA
 from .train_loop import create_optimizer
+
+
+MODELS = (ModelMixin, PreTrainedModel)
 
 
 def create_lr_scheduler(
@@ -63,7 +66,8 @@ class WeightUpdates:
         args (`argparse.Namespace`): The arguments of [`add_training_arguments`].
         accelerator (`Accelerator`): Of the run.
         module (`nn.Module`):
-            The module, whose children are the models, not prepared yet; `module` of this object is the prepared one.
+            The module, whose children are the models of diffusers or transformers, not prepared yet; `module` of this
+            object is the prepared one.
 
     Raises:
         ValueError: If averages are asked for under FSDP 1, whose shards cannot be averaged one by one.
@@ -72,7 +76,7 @@ class WeightUpdates:
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module):
         self.accelerator = accelerator
         self.max_grad_norm = args.max_grad_norm
-        self.models = {name: model for name, model in module.named_children() if isinstance(model, ModelMixin)}
+        self.models = {name: model for name, model in module.named_children() if isinstance(model, MODELS)}
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         if args.use_ema and self.is_sharded and not accelerator.is_fsdp2:
             raise ValueError("--use_ema with FSDP needs `fsdp_version: 2` in the configuration of accelerate.")
@@ -111,7 +115,7 @@ class WeightUpdates:
         return figures
 
     @contextmanager
-    def for_inference(self) -> Iterator[dict[str, ModelMixin]]:
+    def for_inference(self) -> Iterator[dict[str, ModelMixin | PreTrainedModel]]:
         """
         The models as they would be saved now: with their averages, if there are any, and whole. Every process must
         enter this context; the models are given to the main process, the others get none.
@@ -121,14 +125,15 @@ class WeightUpdates:
             models = self._gathered() if self.is_sharded else self.models
             yield models if self.accelerator.is_main_process else {}
 
-    def _gathered(self) -> dict[str, ModelMixin]:
+    def _gathered(self) -> dict[str, ModelMixin | PreTrainedModel]:
         """Unsharded copies, on the main process."""
         state_dict = self.accelerator.get_state_dict(self.module)
         if not self.accelerator.is_main_process:
             return {}
         copies = {}
         for name, model in self.models.items():
-            copies[name] = type(model).from_config(model.config)
+            make = type(model).from_config if isinstance(model, ModelMixin) else type(model)
+            copies[name] = make(model.config)
             prefix = f"{name}."
             weights = {key.removeprefix(prefix): w for key, w in state_dict.items() if key.startswith(prefix)}
             copies[name].load_state_dict(weights)
