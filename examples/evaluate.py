@@ -186,11 +186,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # 2. The examples, and what to measure with
     groups = open_groups(args, pipe, side)
+    draws_classes = pipe.transformer.config.num_classes is not None
     instruments = load_instruments(
-        load_shapes_checker(), pipe.device, args.clip_model, args.inception_weights, not args.no_downloads
+        load_shapes_checker(),
+        pipe.device,
+        None if draws_classes else args.clip_model,
+        args.inception_weights,
+        not args.no_downloads,
     )
     not_measured = instruments.not_measured
-    if pipe.transformer.config.num_classes is not None:
+    if draws_classes:
         not_measured["CLIP score"] = "classes have no captions"
     if groups[0].statements is None:
         not_measured["Prompt following"] = "the checker knows the statements of the shapes alone"

@@ -8,9 +8,6 @@ from ..training.random_draws import seeded_generator
 from .confidence import Z_95
 
 
-MAX_KERNEL_SUBSET = 1000  # the usual number, beyond which subsets are drawn
-
-
 class _GivenFeatures(nn.Module):
     """Stands where torchmetrics has its feature extractor, for features that are there already."""
 
@@ -59,15 +56,19 @@ def _frechet_distances(feature_sets: list[torch.Tensor], references: torch.Tenso
     return distances
 
 
-def kernel_distance(features: torch.Tensor, references: torch.Tensor, seed: int = 0) -> float:
+def kernel_distance(
+    features: torch.Tensor, references: torch.Tensor, seed: int = 0, max_subset_size: int = 1000
+) -> float:
     r"""
     The squared maximum mean discrepancy of two sets of pictures under a cubic kernel, without bias: on the features of
-    Inception, the KID. All pictures are used at once, up to 1000; of more, the mean over 100 random subsets of 1000.
+    Inception, the KID. All pictures are used at once; of more than `max_subset_size`, or of unequally many, it is the
+    mean over 100 random subsets.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, num_features)`): Features of the one.
         references (`torch.Tensor` of shape `(num_references, num_features)`): Features of the other.
         seed (`int`, defaults to `0`): Decides the subsets.
+        max_subset_size (`int`, defaults to `1000`): Number of pictures of a subset.
 
     Returns:
         `float`: The distance, around 0 for pictures of one kind; computed by torchmetrics in float64.
@@ -77,7 +78,7 @@ def kernel_distance(features: torch.Tensor, references: torch.Tensor, seed: int 
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    subset_size = min(len(features), len(references), MAX_KERNEL_SUBSET)
+    subset_size = min(len(features), len(references), max_subset_size)
     if subset_size < 2:
         raise ValueError("A kernel distance needs two pictures or more on both sides.")
     whole = subset_size == len(features) == len(references)

@@ -89,11 +89,10 @@ def measure_generation(
     """
     pipe.set_progress_bar_config(disable=True)
     measured = {name: PictureMeasurements(instruments, num_shown) for name in variations}
-    captions_are_texts = pipe.transformer.config.num_classes is None
     for indices in tqdm(batches(range(len(group.conditions)), batch_size), desc=f"{group.name}: generation"):
         condition = prepare_condition(pipe, [group.conditions[i] for i in indices])
         statements = None if group.statements is None else [group.statements[i] for i in indices]
-        captions = [group.captions[i] for i in indices] if captions_are_texts else None
+        captions = [group.captions[i] for i in indices]
         for name, settings in variations.items():
             measured[name].add(generate(pipe, condition, settings, side, seed, indices), statements, captions)
     shown = {name: measurements.shown for name, measurements in measured.items()}

@@ -36,7 +36,7 @@ class Instruments:
 def load_instruments(
     checker: nn.Module,
     device: torch.device | str,
-    clip_model: str,
+    clip_model: str | None,
     inception_weights: str | None = None,
     downloads: bool = True,
 ) -> Instruments:
@@ -46,7 +46,7 @@ def load_instruments(
     Args:
         checker (`nn.Module`): The frozen checker of the shapes, which needs no download.
         device (`torch.device` or `str`): Where to run everything.
-        clip_model (`str`): A CLIP model, a folder or an id on the Hub.
+        clip_model (`str`, *optional*): A CLIP model, a folder or an id on the Hub; `None` for no CLIP score.
         inception_weights (`str`, *optional*): File of the weights of Inception; by default they are downloaded.
         downloads (`bool`, defaults to `True`): Whether weights may be downloaded.
     """
@@ -60,7 +60,8 @@ def load_instruments(
     except NotMeasured as reason:
         instruments.not_measured["FID and KID on Inception features"] = str(reason)
     try:
-        instruments.clip_score = ClipScore(clip_model, device, downloads)
+        if clip_model is not None:
+            instruments.clip_score = ClipScore(clip_model, device, downloads)
     except NotMeasured as reason:
         instruments.not_measured["CLIP score"] = str(reason)
     return instruments
