@@ -143,8 +143,8 @@ def open_groups(args: argparse.Namespace, pipe: DiffusionPipeline, side: int) ->
     if conditions is None:
         column = args.caption_column if num_classes is None else args.label_column
     source = load_image_source(*places, args.image_column, column, args.cache_dir)
-    prepare = image_preparer(side, args.image_column, column, num_classes=num_classes)
-    return [pictures_group(source, prepare, args.num_images, conditions, captions)]
+    prepare = image_preparer(side, args.image_column, column, num_classes=num_classes, source=source)
+    return [pictures_group(source, prepare, args.num_images, side, conditions, captions)]
 
 
 def save_pictures(
@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     variations = parse_variations(base, args.vary)
     for settings in variations.values():
-        pipe.check_generation_inputs(side, side, **settings, output_type="pt", callback_on_step_end_tensor_inputs=[])
+        checked = {name: value for name, value in settings.items() if name != "smooth"}
+        pipe.check_generation_inputs(side, side, **checked, output_type="pt", callback_on_step_end_tensor_inputs=[])
 
     # 2. The examples, and what to measure with
     groups = open_groups(args, pipe, side)

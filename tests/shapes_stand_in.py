@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data set of squares on grey and a checker of their colours, with the interface of `diffusers_hart.shapes`."""
 
-import types
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -53,10 +51,3 @@ class ColorChecker(nn.Module):
             verdict = {"color": list(COLORS)[index] == statement["color"]}
             verdicts.append(verdict | ({"size": statement["size"] == "large"} if "size" in statement else {}))
         return verdicts
-
-
-def shapes_module(model_path):
-    module = types.ModuleType("diffusers_hart.shapes")
-    module.ShapesDataset, module.load_shapes_checker = Squares, ColorChecker
-    module.shapes_model_path = lambda: model_path
-    return module

@@ -46,9 +46,7 @@ def test_settings_share_prompts_and_random_numbers(pipe):
 def test_pictures_are_measured_against_further_pictures_of_their_kind(pipe, instruments):
     group = shapes_group("squares", Squares(), 4, 128)
     variations = {"base": SETTINGS, "guidance_scale=0": SETTINGS | {"guidance_scale": 0.0}}
-    figures, shown = measure_generation(
-        pipe, 128, group, variations, instruments, 3, num_resamples=2, num_shown=2
-    )
+    figures, shown = measure_generation(pipe, 128, group, variations, instruments, 3, num_resamples=2, num_shown=2)
     again, _ = measure_generation(pipe, 128, group, variations, instruments, 4, num_resamples=2)
     assert list(figures) == list(variations)
     for name, row in figures.items():

@@ -35,7 +35,9 @@ def test_both_paths_are_those_of_generation():
         discrete, hybrid, codes = reconstruct(vae, images, vae.config.scales)
         encoded = vae.encode(images)
         torch.testing.assert_close(discrete, vae.decode(vae.latents_from_codes(codes)[-1]).sample, atol=1e-3, rtol=0)
-        torch.testing.assert_close(hybrid, vae.decode(encoded.partial_latents[-1] + encoded.residual).sample, atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            hybrid, vae.decode(encoded.partial_latents[-1] + encoded.residual).sample, atol=1e-3, rtol=0
+        )
     assert not torch.allclose(discrete, hybrid, atol=1e-2)
 
 

@@ -27,7 +27,10 @@ def test_one_setting_at_a_time_and_the_base_once():
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("steps=1", "--vary steps=1: expected name=value,value,... with a name of guidance_scale, num_inference_steps"),
+        (
+            "steps=1",
+            "--vary steps=1: expected name=value,value,... with a name of guidance_scale, num_inference_steps",
+        ),
         ("smooth", "--vary smooth: expected name=value"),
         ("smooth=yes", "'yes' is no value of smooth: must be true or false"),
         ("num_inference_steps=8,x", "'x' is no value of num_inference_steps"),

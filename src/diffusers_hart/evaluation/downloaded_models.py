@@ -68,7 +68,11 @@ class ClipScore:
         if not is_local and not is_cached:
             if constants.HF_HUB_OFFLINE:
                 raise NotMeasured(f"{name_or_path} is not in the cache and HF_HUB_OFFLINE is set")
-            _check_download(f"{constants.ENDPOINT}/{name_or_path}/resolve/main/config.json", downloads, "--clip_model may name a folder")
+            _check_download(
+                f"{constants.ENDPOINT}/{name_or_path}/resolve/main/config.json",
+                downloads,
+                "--clip_model may name a folder",
+            )
         try:
             # What is in the cache is used as it is: asking the Hub for news takes minutes where there is none.
             model = CLIPModel.from_pretrained(name_or_path, local_files_only=is_cached)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..training.data import collate
+from ..training.data import collate, finish_batch, is_endless
 from ..training.random_draws import seeded_generator
 
 
@@ -75,9 +75,8 @@ def shapes_group(name: str, dataset: Any, num_images: int, side: int) -> Example
     examples = [dataset[i] for i in range(num_images)]
 
     def load_images(indices: range, device: torch.device | str) -> torch.Tensor:
-        return resize_images(
-            dataset.finish_batch(collate([dataset[i] for i in indices]), device)["pixel_values"], side
-        )
+        batch = collate([examples[i] if i < num_images else dataset[i] for i in indices])
+        return resize_images(finish_batch(dataset, batch, device)["pixel_values"], side)
 
     captions = [example["caption"] for example in examples]
     return ExampleGroup(
@@ -117,6 +116,7 @@ def pictures_group(
     source: Any,
     prepare: Callable[[Any, torch.Generator], dict[str, Any]],
     num_images: int,
+    side: int,
     conditions: Sequence[str | int] | None = None,
     captions: Sequence[str] | None = None,
 ) -> ExampleGroup:
@@ -125,16 +125,20 @@ def pictures_group(
     what is generated; of fewer, the pictures that are reconstructed are the references too.
 
     Args:
-        source (`Sequence` or `Iterable`): The pictures, from [`~diffusers_hart.training.data_sources.load_image_source`].
-        prepare (`Callable`): From [`~diffusers_hart.training.data_sources.image_preparer`], of the pipeline's size.
+        source (`Sequence` or `Iterable`):
+            The pictures, from [`~diffusers_hart.training.data_sources.load_image_source`].
+        prepare (`Callable`): From [`~diffusers_hart.training.data_sources.image_preparer`], of that source and size.
         num_images (`int`): Number of pictures wanted.
+        side (`int`): Side of the pictures in pixels.
         conditions (`list[str]` or `list[int]`, *optional*): Prompts or labels instead of those of the pictures.
         captions (`list[str]`, *optional*): What to write under what is drawn of `conditions`.
 
     Raises:
         ValueError: If there are fewer than two pictures, or they have neither captions nor labels and none are given.
     """
-    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+    if is_endless(source):
+        raw_examples = [source[i] for i in range(2 * num_images)]
+    elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         raw_examples = [source[i] for i in range(min(len(source), 2 * num_images))]
     else:
         raw_examples = list(itertools.islice(source, 2 * num_images))
@@ -145,7 +149,8 @@ def pictures_group(
         return prepare(raw_examples[index], seeded_generator("cpu", index))
 
     def load_images(indices: range, device: torch.device | str) -> torch.Tensor:
-        return torch.stack([example(index)["pixel_values"] for index in indices]).to(device)
+        batch = finish_batch(source, collate([example(index) for index in indices]), device)
+        return resize_images(batch["pixel_values"].to(device), side)
 
     count = min(num_images, len(raw_examples))
     own_conditions = conditions is None
