@@ -45,7 +45,7 @@ class ColorChecker(nn.Module):
 
     def explain(self, images, statements):
         assert images.shape[1:] == (3, 128, 128)
-        found = (images.mean((2, 3)) @ torch.tensor(list(COLORS.values())).T).argmax(1).tolist()
+        found = (images.mean((2, 3)) @ torch.tensor(list(COLORS.values()), device=images.device).T).argmax(1).tolist()
         verdicts = []
         for index, statement in zip(found, statements):
             verdict = {"color": list(COLORS)[index] == statement["color"]}

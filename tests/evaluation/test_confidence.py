@@ -4,7 +4,13 @@ import math
 import pytest
 import torch
 
-from diffusers_hart.evaluation import estimated_mean, estimated_share, prompt_following, wilson_interval
+from diffusers_hart.evaluation import (
+    estimated_mean,
+    estimated_share,
+    paired_difference,
+    prompt_following,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +48,21 @@ def test_attributes_count_where_they_are_stated():
     assert found["right"]["value"] == pytest.approx(2 / 3)
     assert (found["attributes"]["count"]["value"], found["attributes"]["count"]["count"]) == (1, 3)
     assert (found["attributes"]["color"]["value"], found["attributes"]["color"]["count"]) == (0.5, 2)
+
+
+def test_the_margin_of_a_paired_difference_holds_the_truth_in_95_of_100_samples():
+    generator = torch.Generator().manual_seed(0)
+    hits = []
+    for _ in range(1000):
+        base = torch.rand(60, generator=generator) < 0.6
+        lost = torch.rand(60, generator=generator) < 0.25  # a quarter of what was right
+        found = paired_difference((base & ~lost).tolist(), base.tolist())
+        hits.append(abs(found["value"] + 0.15) <= found["plus_minus"])
+    assert 0.92 < sum(hits) / len(hits) < 0.98
+
+
+def test_pairs_that_all_agree_still_have_a_margin():
+    found = paired_difference([True] * 48, [True] * 48)
+    assert found["value"] == 0
+    assert found["plus_minus"] == pytest.approx(1.96 / 50, rel=1e-3)
+    assert paired_difference([True, False], [False, False])["value"] == 0.5

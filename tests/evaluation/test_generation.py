@@ -3,8 +3,16 @@ import pytest
 import torch
 from shapes_stand_in import ColorChecker, Squares
 
-from diffusers_hart.evaluation import Instruments, generate, measure_generation, prepare_condition, shapes_group
+from diffusers_hart.evaluation import (
+    Instruments,
+    PictureMeasurements,
+    generate,
+    measure_generation,
+    prepare_condition,
+    shapes_group,
+)
 from diffusers_hart.random_pipeline import random_pipeline
+from diffusers_hart.shapes import ShapesChecker, ShapesDataset
 
 
 SETTINGS = {"guidance_scale": 2.0, "num_inference_steps": 2, "smooth": True}
@@ -65,3 +73,17 @@ def test_pictures_that_are_no_numbers(pipe, instruments):
     broken.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="pictures that are no numbers"):
         measure_generation(broken, 128, shapes_group("squares", Squares(), 2, 128), {"base": SETTINGS}, instruments, 2)
+
+
+def test_the_shapes_and_their_checker():
+    dataset, checker = ShapesDataset(split="held_out"), ShapesChecker().eval()
+    group = shapes_group("held out", dataset, 3, 64)
+    images = group.load_images(range(2, 5), "cpu")
+    assert images.shape == (3, 3, 64, 64)
+    assert group.conditions == [dataset[i]["caption"] for i in range(3)]
+    assert group.references == range(3, 6)
+    measured = PictureMeasurements(Instruments({"checker": checker.features}, checker), num_shown=1)
+    measured.add(images, group.statements)
+    assert measured.features["checker"].shape[0] == 3
+    assert all({"count", "shape", "color"} <= set(verdict) for verdict in measured.verdicts)
+    assert [picture.size for picture in measured.shown] == [(64, 64)]

@@ -114,6 +114,15 @@ def test_low_precision_and_json(dtype, evaluate, capsys):
     assert report["dtype"] == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_cuda(dtype, evaluate):
+    report = evaluate(f"--device cuda --dtype {dtype} --splits test --vary guidance_scale=0", num_images=6)
+    generation = report["groups"]["whole mix"]["generation"]
+    assert generation["real pictures"]["right"]["value"] == 1
+    assert report["hardware"] == torch.cuda.get_device_name()
+
+
 def test_pictures_of_ones_own(evaluate, pictures, tmp_path):
     report = evaluate(f"--reference_data_dir {pictures} --resolution 64")
     assert report["resolution"] == 64

@@ -2,7 +2,7 @@
 """How good a HART pipeline is: reconstruction, generation and prompt following, with margins. Needs torchmetrics."""
 
 from .codebook_statistics import CodebookStatistics
-from .confidence import estimated_mean, estimated_share, wilson_interval
+from .confidence import estimated_mean, estimated_share, paired_difference, wilson_interval
 from .examples import ExampleGroup, pictures_group, read_prompts, shapes_group
 from .feature_distances import bootstrap_margins, feature_distances, frechet_distance, kernel_distance
 from .generation import generate, measure_generation, prepare_condition
@@ -30,6 +30,7 @@ __all__ = [
     "markdown_report",
     "measure_generation",
     "measure_reconstruction",
+    "paired_difference",
     "parse_variations",
     "pictures_group",
     "prepare_condition",

@@ -38,3 +38,16 @@ def estimated_mean(values: Sequence[float] | torch.Tensor) -> dict[str, float]:
     values = torch.as_tensor(values, dtype=torch.float64)
     margin = Z_95 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return {"value": values.mean().item(), "plus_minus": margin}
+
+
+def paired_difference(outcomes: Sequence[bool], base: Sequence[bool]) -> dict[str, float]:
+    """
+    The difference (`value`) of two shares of the same trials, and its 95 % margin `plus_minus` after Agresti and Min,
+    which is not 0 where no trial came out differently: half a trial is added to each of the four ways a pair can come
+    out.
+    """
+    gained = sum(own and not other for own, other in zip(outcomes, base, strict=True))
+    lost = sum(other and not own for own, other in zip(outcomes, base))
+    count, changed = len(outcomes) + 2, gained + lost + 1
+    margin = Z_95 * math.sqrt(changed - (gained - lost) ** 2 / count) / count
+    return {"value": (gained - lost) / len(outcomes), "plus_minus": margin}

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from huggingface_hub import constants, try_to_load_from_cache
+from torchmetrics.functional.multimodal import clip_score
+from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import CLIPModel, CLIPProcessor
 
 
 SECONDS_TO_ANSWER = 5
@@ -29,18 +32,17 @@ def load_inception(weights_path: str | None = None, downloads: bool = True) -> n
         `nn.Module`: Makes features `(batch_size, 2048)` of pictures `(batch_size, 3, height, width)`, uint8.
 
     Raises:
-        NotMeasured: If torch-fidelity is not installed, or its weights are not there and cannot be downloaded.
+        NotMeasured: If torch-fidelity cannot be imported, or its weights are not there and cannot be downloaded.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-    except ImportError as error:
-        raise NotMeasured("torch-fidelity is not installed (pip install torch-fidelity torchvision)") from error
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
+        remedy = "pip install torch-fidelity torchvision"
+        raise NotMeasured(f"torch-fidelity cannot be imported: {_first_line(error)} ({remedy})") from error
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if weights_path is None and not cached.exists():
         _check_download(URL_INCEPTION_V3, downloads, "--inception_weights names a file of them")
     try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
         return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights_path).inception
     except (ImportError, OSError, RuntimeError) as error:
         raise NotMeasured(f"the Inception network could not be loaded: {_first_line(error)}") from error
@@ -60,8 +62,6 @@ class ClipScore:
     """
 
     def __init__(self, name_or_path: str, device: torch.device | str, downloads: bool = True):
-        from transformers import CLIPModel, CLIPProcessor
-
         self.name_or_path = name_or_path
         is_local = Path(name_or_path).is_dir()
         is_cached = not is_local and isinstance(try_to_load_from_cache(name_or_path, "config.json"), str)
@@ -84,8 +84,6 @@ class ClipScore:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """Scores `(batch_size,)` of pictures `(batch_size, 3, height, width)` in [-1, 1] and their captions."""
-        from torchmetrics.functional.multimodal import clip_score
-
         # One by one, as torchmetrics gives the mean of what it is given.
         scores = [
             clip_score(image, caption, lambda: (self.model, self.processor))

@@ -3,6 +3,8 @@ import warnings
 
 import torch
 import torch.nn as nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ..training.random_draws import seeded_generator
 from .confidence import Z_95
@@ -39,8 +41,6 @@ def frechet_distance(features: torch.Tensor, references: torch.Tensor) -> float:
 
 
 def _frechet_distances(feature_sets: list[torch.Tensor], references: torch.Tensor) -> list[float]:
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     for features in (*feature_sets, references):
         if len(features) < 2:
             raise ValueError("A Fréchet distance needs two pictures or more on both sides.")
@@ -76,8 +76,6 @@ def kernel_distance(
     Raises:
         ValueError: If one has less than two pictures.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     subset_size = min(len(features), len(references), max_subset_size)
     if subset_size < 2:
         raise ValueError("A kernel distance needs two pictures or more on both sides.")

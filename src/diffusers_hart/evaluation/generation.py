@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..training.random_draws import seeded_generator
-from .confidence import estimated_mean
+from .confidence import estimated_mean, paired_difference
 from .examples import ExampleGroup, batches
 from .feature_distances import bootstrap_margins, feature_distances
 from .instruments import Instruments, PictureMeasurements
@@ -122,9 +122,7 @@ def measure_generation(
         if found.verdicts:
             row |= prompt_following(found.verdicts)
             if name != BASE:
-                pairs = zip(found.verdicts, measured[BASE].verdicts)
-                changes = [float(all(own.values())) - float(all(base.values())) for own, base in pairs]
-                row["right"]["difference"] = estimated_mean(changes)
+                row["right"]["difference"] = paired_difference(_right(found), _right(measured[BASE]))
         if found.clip_scores is not None:
             row["clip_score"] = estimated_mean(found.clip_scores)
         figures[name] = row
@@ -140,3 +138,7 @@ def _measure_references(
     for indices in tqdm(batches(group.references, batch_size), desc=f"{group.name}: references"):
         references.add(group.load_images(indices, device))
     return references
+
+
+def _right(measured: PictureMeasurements) -> list[bool]:
+    return [all(verdict.values()) for verdict in measured.verdicts]

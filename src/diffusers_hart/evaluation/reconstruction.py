@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 from ..models import HybridTokenizer
@@ -42,15 +43,11 @@ def reconstruct(
 
 def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture in [-1, 1], `10 * log10(4 / mse)`, by torchmetrics."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     return peak_signal_noise_ratio(images, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
 
 
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each picture in [-1, 1], by torchmetrics with the usual Gaussian window."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     # Its measure of brightness counts from black, which must be 0.
     return structural_similarity_index_measure(
         (images + 1) / 2, (originals + 1) / 2, data_range=1.0, reduction="none"

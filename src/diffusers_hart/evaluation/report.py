@@ -4,6 +4,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torchmetrics
 import transformers
 
 from .. import __version__
@@ -20,8 +21,6 @@ DISTANCES = {"kernel_distance": ("Kernel distance", 4), "fid": ("FID", 2), "kid"
 
 def versions_and_hardware(device: torch.device) -> dict[str, Any]:
     """Versions of what figures depend on, and where they were measured."""
-    import torchmetrics
-
     modules = {"diffusers": diffusers, "transformers": transformers, "torch": torch, "torchmetrics": torchmetrics}
     versions = {"diffusers-hart": __version__} | {name: module.__version__ for name, module in modules.items()}
     if device.type == "cuda":
