@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin
 from transformers import PreTrainedModel
 
 from ..models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
@@ -17,9 +18,9 @@ def config_of(model: ModelMixin) -> dict[str, Any]:
     return {name: model.config[name] for name in _arguments(type(model))}
 
 
-def read_config(path: str | None, model_class: type[ModelMixin]) -> dict[str, Any]:
+def read_config(path: str | None, model_class: type[ConfigMixin]) -> dict[str, Any]:
     """
-    Arguments of a model from a JSON file, such as the `config.json` of a saved one; none without a file.
+    Arguments of a model or scheduler from a JSON file, such as the `config.json` of a saved one; none without a file.
 
     Raises:
         ValueError: If the file has names that the model does not know.
@@ -47,12 +48,18 @@ def new_residual_mlp(config: dict[str, Any], seed: int) -> ResidualDiffusionMLP:
     return residual_mlp
 
 
-def new_scheduler(vae: HybridTokenizer) -> HARTScheduler:
-    """A scheduler with the published schedules of scales and, where none of them is of its size, the tokenizer's own."""
-    schedules = HARTScheduler().config.schedules
-    if vae.config.scales[-1] not in [schedule[-1] for schedule in schedules]:
-        schedules = (*schedules, tuple(vae.config.scales))
-    return HARTScheduler(schedules)
+def new_scheduler(vae: HybridTokenizer, config_path: str | None = None) -> HARTScheduler:
+    """
+    A scheduler with the arguments of a JSON file and, unless that says otherwise, the published schedules of scales and,
+    where none of them is of its size, the tokenizer's own.
+    """
+    config = read_config(config_path, HARTScheduler)
+    if "schedules" not in config:
+        schedules = HARTScheduler().config.schedules
+        if vae.config.scales[-1] not in [schedule[-1] for schedule in schedules]:
+            schedules = (*schedules, tuple(vae.config.scales))
+        config["schedules"] = schedules
+    return HARTScheduler(**config)
 
 
 def check_models_fit(
@@ -88,5 +95,5 @@ def check_models_fit(
         )
 
 
-def _arguments(model_class: type[ModelMixin]) -> list[str]:
+def _arguments(model_class: type[ConfigMixin]) -> list[str]:
     return [name for name in inspect.signature(model_class.__init__).parameters if name != "self"]

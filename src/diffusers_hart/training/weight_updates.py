@@ -9,9 +9,49 @@ from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
+from transformers import get_wsd_schedule
 
 from .ema import CheckpointedEMA
 from .train_loop import create_optimizer
+
+
+def create_lr_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    r"""
+    The schedule of the learning rate, from the arguments of [`add_training_arguments`]. That of `warmup_stable_decay`
+    grows and falls linearly, to 0 after the last step.
+
+    Raises:
+        ValueError: If its decay has no length or no room, or if another schedule was given one.
+    """
+    if args.lr_scheduler != "warmup_stable_decay":
+        if args.lr_decay_steps is not None:
+            raise ValueError(
+                f"--lr_scheduler {args.lr_scheduler} takes no --lr_decay_steps; warmup_stable_decay does."
+            )
+        return get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+    if args.lr_decay_steps is None:
+        raise ValueError(
+            "--lr_scheduler warmup_stable_decay needs --lr_decay_steps, the number of last steps that decay."
+        )
+    if args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
+        raise ValueError(
+            f"{args.lr_warmup_steps} --lr_warmup_steps and {args.lr_decay_steps} --lr_decay_steps are more than the "
+            f"{args.max_train_steps} steps of the run."
+        )
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_decay_steps=args.lr_decay_steps,
+        num_training_steps=args.max_train_steps,
+        decay_type="linear",
+    )
 
 
 class WeightUpdates:
@@ -39,12 +79,7 @@ class WeightUpdates:
 
         optimizer = create_optimizer(args, module.parameters(), accelerator)
         # Not prepared: a prepared schedule advances once a process and would go by another clock than the data.
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
+        self.lr_scheduler = create_lr_scheduler(args, optimizer)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler)
         self.ema = None
