@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,9 +71,11 @@ class CodebookUsage:
         orders = [torch.randperm(len(vectors), generator=generator)[: len(unused)] for vectors in candidates]
         turns = sorted((turn, k) for k, order in enumerate(orders) for turn in range(len(order)))[: len(unused)]
         unused = unused[: len(turns)]
-        chosen = torch.stack([candidates[k][orders[k][turn]] for turn, k in turns])
+        starts = list(itertools.accumulate((len(vectors) for vectors in candidates), initial=0))
+        chosen = torch.tensor([starts[k] + orders[k][turn].item() for turn, k in turns])
         with torch.no_grad():
-            codebook.weight[unused] = chosen.to(codebook.weight.dtype)
+            chosen_vectors = torch.cat(candidates)[chosen.to(candidates[0].device)]
+            codebook.weight[unused] = chosen_vectors.to(codebook.weight.dtype)
         self.unused_steps[unused] = 0
         return len(unused)
 
