@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> Path:
     dtypes = {"transformer": torch.float32, "residual_mlp": torch.float32, "default": frozen_dtype(accelerator)}
     pipe = load_pipeline(args, dtypes)
     vae = pipe.vae.requires_grad_(False).to(accelerator.device)
+    if args.compile:
+        vae.encoder.compile()
     schedulers = {
         "scheduler": pipe.scheduler,
         "residual_scheduler": pipe.residual_scheduler or HARTResidualScheduler(),

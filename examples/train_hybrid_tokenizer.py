@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("tokenizer, from scratch unless a saved one is named")
     group.add_argument("--pretrained_model_name_or_path", help="a saved tokenizer, or a pipeline that holds one")
+    group.add_argument("--compile", action="store_true", help="compile encoder and decoder")
     group.add_argument(
         "--subfolder", help="its place in there; by default 'vae' unless a tokenizer's own folder is named"
     )
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("losses")
     group.add_argument("--phases", required=True, help="such as continuous:1000,discrete:5000,alternating:2000")
-    group.add_argument("--discrete_probability", type=float, default=0.5, help="in the steps of the alternating phase")
+    group.add_argument("--discrete_probability", type=float, default=0.5, help="in joint and alternating phases")
     group.add_argument("--mse_weight", type=float, default=1.0)
     group.add_argument("--l1_weight", type=float, default=0.0)
     group.add_argument("--vq_weight", type=float, default=1.0)
@@ -172,6 +173,7 @@ def validation_batch(args: argparse.Namespace, source: Any, device: torch.device
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def reconstruct(vae: HybridTokenizer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the decoder makes of the discrete sum, as it is trained with it, and of the continuous latents."""
     discrete, hybrid = [], []
@@ -219,6 +221,9 @@ def main(argv: list[str] | None = None) -> Path:
     # 2. What is trained: the tokenizer and, against it, the discriminator
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    if args.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
     training = TokenizerTrainingModule(
         vae.train(),
         seed=args.seed,
@@ -275,7 +280,7 @@ def main(argv: list[str] | None = None) -> Path:
             return {}
         logs = {}
         usage.update(accelerator.gather(torch.cat([detail["codes"] for detail in details])))
-        if training.phase == "discrete" and args.restart_codes_after:
+        if training.phase in ("discrete", "joint") and args.restart_codes_after:
             residuals = accelerator.gather(torch.cat([detail["scale_residuals"] for detail in details]))
             draws = seeded_generator("cpu", args.seed, "codebook restart", step)
             logs["restarted_codes"] = usage.restart(vae.codebook, residuals, args.restart_codes_after, draws)

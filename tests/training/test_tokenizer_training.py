@@ -86,7 +86,7 @@ def test_phases():
 
 @pytest.mark.parametrize("text", ["", "discrete", "discrete:", "discrete:0", "discrete:-1", "other:3", "discrete:1;"])
 def test_what_is_no_phase(text):
-    with pytest.raises(ValueError, match="is not a phase: expected .*continuous, discrete, alternating"):
+    with pytest.raises(ValueError, match="is not a phase: expected .*continuous, discrete, joint, alternating"):
         parse_phases(text)
 
 
@@ -95,6 +95,7 @@ def test_what_is_no_phase(text):
     [
         ("continuous", {"encoder", "quant_conv", "post_quant_conv", "decoder"}),
         ("discrete", {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}),
+        ("joint", {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}),
         ("alternating", {"post_quant_conv", "decoder"}),
     ],
 )

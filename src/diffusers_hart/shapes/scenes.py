@@ -188,7 +188,7 @@ def _sample_object(rng: Random, held_out: bool, container: bool, contained: bool
         "radius": rng.uniform(*(CONTAINER_RADII if container else vocabulary.sizes[size])),
         "turn": rng.uniform(-0.12, 0.12),
         "tint": tuple(rng.uniform(-10, 10) for _ in range(3)),
-        "period": rng.uniform(5.5, 7.5),
+        "period": rng.uniform(7.5, 9.5),
         "pattern_turn": rng.uniform(0, math.pi),
         "phase_u": rng.uniform(0, 8),
         "phase_v": rng.uniform(0, 8),

@@ -127,7 +127,7 @@ class Vocabulary:
         default_factory=lambda: {"cyan": ("turquoise",), "purple": ("violet",)}
     )
     sizes: dict[str, tuple[float, float]] = field(
-        default_factory=lambda: {"small": (11.0, 13.0), "medium": (15.5, 18.0), "large": (21.5, 25.0)}
+        default_factory=lambda: {"small": (11.5, 13.5), "medium": (16.0, 18.5), "large": (21.5, 25.0)}
     )
     size_words: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {

@@ -15,6 +15,7 @@ from .tokenizer_loss import vector_quantization_loss
 TRAINED_PARTS = {
     "continuous": ("encoder", "quant_conv", "post_quant_conv", "decoder"),
     "discrete": ("encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"),
+    "joint": ("encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"),
     "alternating": ("post_quant_conv", "decoder"),
 }
 
@@ -24,7 +25,7 @@ class TokenizerPhase(NamedTuple):
     A part of a tokenizer's training.
 
     Args:
-        name (`str`): `"continuous"`, `"discrete"` or `"alternating"`, see [`TokenizerTrainingModule`].
+        name (`str`): `"continuous"`, `"discrete"`, `"joint"` or `"alternating"`, see [`TokenizerTrainingModule`].
         steps (`int`): Number of optimizer steps.
     """
 
@@ -119,18 +120,20 @@ class TokenizerTrainingModule(nn.Module):
     - `"continuous"`: encoder and decoder, without any quantization;
     - `"discrete"`: everything; the decoder gets the sum of the discrete scales, whose gradients go straight through to
       the continuous latents;
-    - `"alternating"`: the decoder and `post_quant_conv` alone, so that one decoder serves both kinds of latents. A
-      whole step's decoder gets the discrete sum or the continuous latents, as the seed and the step decide.
+    - `"joint"`: everything; a whole step's decoder gets the discrete sum or the continuous latents, as the seed and the
+      step decide, so that the latents keep what codes cannot say;
+    - `"alternating"`: the decoder and `post_quant_conv` alone, with either kind of latents as in the joint phase, so
+      that one decoder serves both.
 
     Args:
         vae ([`HybridTokenizer`]): Trained, in float32, for images that its configured scales fit.
         seed (`int`, defaults to `0`): Seed of the run.
         discrete_probability (`float`, defaults to `0.5`):
-            How probable the discrete sum is in a step of the alternating phase.
+            How probable the discrete sum is in a step of the joint and the alternating phase.
         mse_weight (`float`, defaults to `1.0`), l1_weight (`float`, defaults to `0.0`):
             Weights of the pixels' squared and absolute differences.
         vq_weight (`float`, defaults to `1.0`), commitment_weight (`float`, defaults to `0.25`):
-            Weight of [`vector_quantization_loss`] and the one inside it. Only the discrete phase adds this loss.
+            Weight of [`vector_quantization_loss`] and the one inside it. Only phases that train the codebook add this loss.
         perceptual_weight (`float`, defaults to `1.0`), adversarial_weight (`float`, defaults to `0.5`):
             Weights of the losses that a call may bring along.
         adaptive_adversarial_weight (`bool`, defaults to `True`):
@@ -171,7 +174,7 @@ class TokenizerTrainingModule(nn.Module):
 
     def uses_residual(self, step: int) -> bool:
         """Whether the decoder gets the continuous latents in this step."""
-        if self.phase != "alternating":
+        if self.phase in ("continuous", "discrete"):
             return self.phase == "continuous"
         draw = torch.rand((), generator=seeded_generator("cpu", self.seed, "alternating", step)).item()
         return draw >= self.discrete_probability
@@ -228,7 +231,7 @@ class TokenizerTrainingModule(nn.Module):
                 last_layer = self.vae.decoder.conv_out.weight
                 losses["generator_weight"] *= adaptive_weight(loss, losses["generator_loss"], last_layer)
             loss = loss + losses["generator_weight"] * losses["generator_loss"]
-        if self.phase == "discrete":
+        if "codebook" in TRAINED_PARTS[self.phase]:
             loss = loss + self.vq_weight * losses["vq_loss"]
 
         details["reconstructions"] = reconstructions.detach()
