@@ -85,6 +85,37 @@ def mean_figures(figures: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
     return {name: torch.stack(found).mean() for name, found in values.items()}
 
 
+class StepFigures:
+    """
+    The figures of a step, the mean over processes, on their way to the CPU: a training that waited for them at once
+    would leave the device idle until the next step has been sent to it.
+
+    Args:
+        step (`int`): Number of optimizer steps, this one included.
+        logs (`dict[str, torch.Tensor]`): Figures of shape `()`.
+        skipped_images (`int`): Pictures that could not be read.
+        accelerator (`Accelerator`): Of the run.
+    """
+
+    def __init__(self, step: int, logs: dict[str, torch.Tensor], skipped_images: int, accelerator: Accelerator):
+        self.step = step
+        self.names = [*logs, "skipped_images"]
+        # Filled on the device: a copy to it would wait.
+        skipped = torch.full((), float(skipped_images), device=accelerator.device)
+        values = torch.stack([*(value.detach().float() for value in logs.values()), skipped])
+        self.values = accelerator.reduce(values, reduction="mean").to("cpu", non_blocking=True)
+        self.arrived = None
+        if accelerator.device.type == "cuda":
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def wait(self) -> dict[str, float]:
+        """The figures by name."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist()))
+
+
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -143,21 +174,16 @@ def train(
         desc="Steps",
         disable=not accelerator.is_local_main_process,
     )
-    for step in range(first_step, args.max_train_steps):
-        micro_batches = [
-            finish_batch(source, next(batches), accelerator.device, args.resolution)
-            for _ in range(args.gradient_accumulation_steps)
-        ]
-        logs = training_step(micro_batches, step)
-        done = step + 1
-        # Filled on the device: a copy would wait for it, and reading the figures below is to be the only wait.
-        skipped_here = sum(batch["skipped"] for batch in micro_batches)
-        skipped_here = torch.full((), float(skipped_here), device=accelerator.device)
-        values = torch.stack([*(value.detach().float() for value in logs.values()), skipped_here])
-        *means, mean_skipped = accelerator.reduce(values, reduction="mean").tolist()
-        skipped += round(mean_skipped * accelerator.num_processes)
-        logged = {**dict(zip(logs, means)), "skipped_images": skipped}
-        if done % args.logging_steps == 0 or done == args.max_train_steps or step == first_step:
+    figures_before = None
+
+    def report(figures: StepFigures | None) -> None:
+        nonlocal skipped
+        if figures is None:
+            return
+        done, logged = figures.step, figures.wait()
+        skipped += round(logged.pop("skipped_images") * accelerator.num_processes)
+        logged["skipped_images"] = skipped
+        if done % args.logging_steps == 0 or done == args.max_train_steps or done == first_step + 1:
             accelerator.log(logged, step=done)
             progress_bar.set_postfix({name: f"{value:.4g}" for name, value in logged.items()})
         not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(logged.get(name, 0.0))]
@@ -167,9 +193,27 @@ def train(
                 "another precision or seed, or start anew with a lower learning rate."
             )
         progress_bar.update()
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+
+    for step in range(first_step, args.max_train_steps):
+        micro_batches = [
+            finish_batch(source, next(batches), accelerator.device, args.resolution)
+            for _ in range(args.gradient_accumulation_steps)
+        ]
+        logs = training_step(micro_batches, step)
+        done = step + 1
+        skipped_here = sum(batch["skipped"] for batch in micro_batches)
+        report(figures_before)  # now that the device has the next step to do
+        figures_before = StepFigures(done, logs, skipped_here, accelerator)
+
+        ends = done == args.max_train_steps
+        saves = done % args.checkpointing_steps == 0 or ends
+        validates = validate is not None and (done % args.validation_steps == 0 or ends)
+        if saves or validates:  # nothing is saved of a step that was not looked at
+            report(figures_before)
+            figures_before = None
+        if saves:
             save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
-        if validate is not None and (done % args.validation_steps == 0 or done == args.max_train_steps):
+        if validates:
             validate(done)
             accelerator.wait_for_everyone()
     progress_bar.close()
