@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from diffusers_hart import HARTPipeline, HARTScheduler, HARTTransformer2DModel, HybridTokenizer
 from diffusers_hart.training.arguments import add_data_arguments, positive_int
+from diffusers_hart.training.data import collate, finish_batch
 from diffusers_hart.training.data_sources import image_preparer, load_image_source
 from diffusers_hart.training.new_models import new_scheduler
 from diffusers_hart.training.precomputed_targets import describe_targets, write_precomputed_targets
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> Path:
         args.image_column,
         args.label_column or args.caption_column,
         num_classes=num_classes,
+        source=source,
     )
 
     # 3. What is stored of them
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     @torch.no_grad()
     def encode(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        images = torch.stack([example["pixel_values"] for example in examples])
+        images = finish_batch(source, collate(examples), state.device)["pixel_values"]
         encoded = vae.encode(images.to(state.device, vae.dtype), scales)
         columns = {
             "codes": encoded.codes.cpu().numpy(),

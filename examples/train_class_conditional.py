@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> Path:
     if bad := [label for label in args.validation_label if not 0 <= label < num_classes]:
         raise ValueError(f"--validation_label must be in [0, {num_classes}), not {bad}.")
     module = training_module(args, models, vae, pipe.scheduler, scales, args.label_dropout)
-    prepare = training_preparer(args, vae, scales, args.label_column, num_classes)
+    prepare = training_preparer(args, source, vae, scales, args.label_column, num_classes)
 
     # 3. One step
     weights = WeightUpdates(args, accelerator, module)
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> Path:
         figures = []
         for batch in micro_batches:
             targets = batch_targets(batch, vae, scales)
-            class_labels = torch.tensor(batch["label"], device=accelerator.device)
+            class_labels = torch.tensor(batch["label"]).to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(weights.module):
                 losses = weights.module(targets, step, batch["position"], class_labels=class_labels)
                 figures.append(losses | weights.update(losses["loss"]))

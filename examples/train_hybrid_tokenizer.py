@@ -19,7 +19,7 @@ from diffusers_hart import HybridTokenizer
 from diffusers_hart.training.adversarial_loss import AdversarialLoss
 from diffusers_hart.training.arguments import add_data_arguments, add_training_arguments
 from diffusers_hart.training.codebook_usage import CodebookUsage
-from diffusers_hart.training.data import ExampleStream
+from diffusers_hart.training.data import ExampleStream, collate, finish_batch
 from diffusers_hart.training.data_sources import image_preparer, load_image_source
 from diffusers_hart.training.new_models import read_config
 from diffusers_hart.training.patch_discriminator import PatchDiscriminator
@@ -164,7 +164,7 @@ def build_adversarial_loss(args: argparse.Namespace, channels: int) -> Adversari
     return AdversarialLoss(discriminator)
 
 
-def validation_batch(args: argparse.Namespace, source: Any) -> torch.Tensor | None:
+def validation_batch(args: argparse.Namespace, source: Any, device: torch.device) -> torch.Tensor | None:
     """Pictures to reconstruct, `(N, 3, resolution, resolution)`; none of training data that can be read only once."""
     if args.validation_images:
         source = args.validation_images
@@ -175,9 +175,10 @@ def validation_batch(args: argparse.Namespace, source: Any) -> torch.Tensor | No
         count = min(count, len(source))
     if count == 0:
         return None
-    prepare = image_preparer(args.resolution, args.image_column, None)
+    prepare = image_preparer(args.resolution, args.image_column, None, source=source)
     stream = ExampleStream(source, prepare, batch_size=1, shuffle=False, on_bad_image=args.on_bad_image)
-    return torch.stack([example["pixel_values"] for example in itertools.islice(stream, count)])
+    batch = collate(itertools.islice(stream, count))
+    return finish_batch(source, batch, device, args.resolution)["pixel_values"]
 
 
 @torch.no_grad()
@@ -221,9 +222,9 @@ def main(argv: list[str] | None = None) -> Path:
             cache_dir=args.cache_dir,
         )
     prepare = image_preparer(
-        args.resolution, args.image_column, None, random_crop=args.random_crop, random_flip=args.random_flip
+        args.resolution, args.image_column, None, args.random_crop, args.random_flip, source=source
     )
-    validation_images = validation_batch(args, source) if accelerator.is_main_process else None
+    validation_images = validation_batch(args, source, accelerator.device) if accelerator.is_main_process else None
 
     # 2. What is trained: the tokenizer and, against it, the discriminator
     if args.gradient_checkpointing:
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> Path:
     def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
         training.set_phase(phase_of_step(args.phases, step))
         adversary = adversarial_loss if step >= args.discriminator_start else None
-        pictures = [batch["pixel_values"].to(accelerator.device) for batch in micro_batches]
+        pictures = [batch["pixel_values"].to(accelerator.device, non_blocking=True) for batch in micro_batches]
         figures, details = [], []
         for images in pictures:
             with accelerator.accumulate(weights.module):
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> Path:
             logs["restarted_codes"] = usage.restart(vae.codebook, residuals, args.restart_codes_after, draws)
         if (step + 1) % args.logging_steps == 0:
             logs |= usage.report()
-        return {name: torch.tensor(float(value), device=accelerator.device) for name, value in logs.items()}
+        return {name: torch.full((), float(value), device=accelerator.device) for name, value in logs.items()}
 
     # 4. Input, discrete and hybrid reconstruction of some pictures, side by side
     psnr = {}

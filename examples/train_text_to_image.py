@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> Path:
     with accelerator.main_process_first():
         columns = (args.caption_column, ("prompt_embeds", "caption"))
         source = open_training_data(args, vae, scales, *columns, config.caption_channels)
-    prepare = training_preparer(args, vae, scales, args.caption_column)
+    prepare = training_preparer(args, source, vae, scales, args.caption_column)
 
     @torch.no_grad()
     def encode_text(batch: dict[str, Any]) -> dict[str, torch.Tensor]:

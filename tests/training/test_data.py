@@ -6,7 +6,15 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusers_hart.training.data import ExampleStream, UnreadableImage, collate, image_to_tensor, read_image
+from diffusers_hart.training.data import (
+    ExampleStream,
+    UnreadableImage,
+    collate,
+    finish_batch,
+    image_to_tensor,
+    is_endless,
+    read_image,
+)
 
 
 def picture(width=40, height=30, seed=0, mode="RGB"):
@@ -45,6 +53,18 @@ class Restartable:
 
     def __iter__(self):
         return iter(self.values)
+
+
+class Endless:
+    """A source of the numbers themselves, the multiples of 7 replaced by bad ones."""
+
+    def __init__(self, bad=False):
+        self.bad = bad
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return -1 if self.bad and index % 7 == 0 else index
 
 
 def test_pictures_are_read_from_what_data_sets_hold(tmp_path):
@@ -135,7 +155,12 @@ def test_every_epoch_has_all_examples_in_another_order():
     assert numbers(12, source=list(range(10)), batch_size=2, shuffle=False) == [*range(10), 0, 1]
 
 
-@pytest.mark.parametrize("source", [list(range(10)), Restartable(range(10))], ids=["items", "in order"])
+SOURCES = pytest.mark.parametrize(
+    "source", [list(range(10)), Restartable(range(10)), Endless()], ids=["items", "in order", "endless"]
+)
+
+
+@SOURCES
 def test_processes_share_the_stream(source):
     one = numbers(24, source=source, batch_size=4)
     two = [numbers(12, source=source, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
@@ -144,13 +169,13 @@ def test_processes_share_the_stream(source):
     assert together == one
 
 
-@pytest.mark.parametrize("source", [list(range(10)), Restartable(range(10))], ids=["items", "in order"])
+@SOURCES
 def test_a_stream_goes_on_where_it_was(source):
     whole = numbers(30, source=source, batch_size=3)
     assert numbers(18, source=source, batch_size=3, start=12) == whole[12:]
 
 
-@pytest.mark.parametrize("source", [list(range(10)), Restartable(range(10))], ids=["items", "in order"])
+@SOURCES
 def test_workers_keep_the_order(source):
     batches = []
     for workers in (0, 2):
@@ -161,6 +186,33 @@ def test_workers_keep_the_order(source):
         assert plain["position"] == parallel["position"]
         assert torch.equal(plain["number"], parallel["number"])
         assert torch.equal(plain["augmentation"], parallel["augmentation"])
+
+
+def test_an_endless_source_is_asked_for_what_is_needed():
+    source = Endless()
+    assert is_endless(source)
+    assert numbers(4, source=source, batch_size=2, rank=1, world_size=2, start=1000) == [1002, 1003, 1006, 1007]
+    assert source.asked == [1002, 1003, 1006, 1007]
+
+
+def test_what_is_not_endless():
+    class InOrder(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([1, 2, 3])
+
+    assert not any(is_endless(source) for source in ([1], Restartable([1]), InOrder(), iter([1])))
+    assert numbers(4, source=InOrder(), batch_size=1) == [1, 2, 3, 1]
+
+
+def test_the_next_picture_of_an_endless_source_takes_the_place_of_a_bad_one():
+    assert numbers(3, source=Endless(bad=True), batch_size=1, start=6, on_bad_image="skip") == [6, 8, 8]
+
+    class AlwaysBad:
+        def __getitem__(self, index):
+            return -1
+
+    with pytest.raises(UnreadableImage, match="No picture before it could be read either"):
+        numbers(1, source=AlwaysBad(), batch_size=1, on_bad_image="skip")
 
 
 def test_augmentation_goes_with_the_position():
@@ -236,3 +288,41 @@ def test_batches():
     )
     assert batch["pixels"].shape == (2, 3)
     assert batch["caption"] == ["a", "b"] and batch["position"] == [4, 5] and batch["skipped"] == 1
+
+
+class Drawn:
+    """A source whose pictures are made batch by batch."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def finish_batch(self, batch, device):
+        assert not torch.is_grad_enabled()
+        return {"pixel_values": self.pictures, "device": str(device)}
+
+
+def test_batches_are_finished_by_their_source():
+    batch = {"caption": ["a", "b"], "position": [4, 5]}
+    pictures = torch.zeros(2, 3, 8, 8)
+    finished = finish_batch(Drawn(pictures), batch, "cpu", 8)
+    assert finished["pixel_values"] is pictures and finished["device"] == "cpu"
+    assert finished["caption"] == ["a", "b"] and finished["position"] == [4, 5]
+    assert finish_batch([1, 2], batch, "cpu") is batch
+
+
+@pytest.mark.parametrize(
+    ("pictures", "resolution", "message"),
+    [
+        (
+            None,
+            8,
+            r"`finish_batch` of Drawn must add `pixel_values`, a tensor \(batch_size, 3, 8, 8\), not a NoneType",
+        ),
+        (torch.zeros(2, 3, 8, 8), 16, r"\(batch_size, 3, 16, 16\), not \[2, 3, 8, 8\]"),
+        (torch.zeros(2, 3, 8, 4), None, r"not \[2, 3, 8, 4\]"),
+        (torch.zeros(2, 8, 8), None, r"\(batch_size, 3, resolution, resolution\), not \[2, 8, 8\]"),
+    ],
+)
+def test_batches_that_are_not_finished(pictures, resolution, message):
+    with pytest.raises(ValueError, match=message):
+        finish_batch(Drawn(pictures), {}, "cpu", resolution)

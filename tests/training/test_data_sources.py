@@ -120,15 +120,29 @@ def dicts():
 
 def nothing():
     return None
+
+class Endless:
+    made = 0
+
+    def __init__(self):
+        Endless.made += 1
+
+    def __getitem__(self, index):
+        return picture(index % 3), CAPTIONS[index % 3]
 """
 
 
-@pytest.mark.parametrize("name", ["generator", "listed", "constant", "dicts"])
+@pytest.mark.parametrize("name", ["generator", "listed", "constant", "dicts", "Endless"])
 def test_python_iterables(name, tmp_path, check):
     (tmp_path / "pairs_of_a_test.py").write_text(MODULE)
     source = check(train_iterable=f"{tmp_path}/pairs_of_a_test.py:{name}")
     stream = iter(ExampleStream(source, image_preparer(16), batch_size=3))
     assert len([next(stream) for _ in range(9)]) == 9  # a generator starts anew each epoch
+
+
+def test_a_class_is_made_once(tmp_path):
+    (tmp_path / "class_of_a_test.py").write_text(MODULE)
+    assert load_image_source(train_iterable=f"{tmp_path}/class_of_a_test.py:Endless").made == 1
 
 
 def test_an_installed_module(tmp_path, check, monkeypatch):
@@ -213,3 +227,32 @@ def test_labels(folder):
     for label in (3, -1, "cat", 1.5, None, True):
         with pytest.raises(ValueError, match=r"The label of .*0.png must be an integer in \[0, 3\), not"):
             prepare({"image": image, "label": label}, torch.Generator())
+
+
+class Drawn:
+    def finish_batch(self, batch, device):
+        return batch
+
+
+def test_examples_whose_pictures_are_made_later():
+    scene = torch.zeros(3)
+    generator = torch.Generator()
+    prepare = image_preparer(16, source=Drawn())
+    assert prepare({"scene": scene, "caption": "a"}, generator) == {"scene": scene, "caption": "a"}
+    chosen = [prepare({"caption": ["a", "b"]}, generator.manual_seed(seed))["caption"] for seed in range(200)]
+    assert 70 < chosen.count("a") < 130 and set(chosen) == {"a", "b"}
+    labelled = image_preparer(16, caption_column="kind", num_classes=3, source=Drawn())
+    assert labelled({"scene": scene, "label": np.int64(2)}, generator) == {"scene": scene, "label": 2}
+    alone = image_preparer(16, caption_column=None, source=Drawn())
+    assert alone({"scene": scene}, generator) == {"scene": scene}
+
+    for bad, example, message in (
+        (prepare, {"scene": scene}, "The caption of a picture without a name must be a text, not None"),
+        (labelled, {"label": 3}, r"must be an integer in \[0, 3\), not 3"),
+        (prepare, (scene, "a"), "The examples of a source with `finish_batch` must be dicts, not tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad(example, generator)
+    for option in ("random_crop", "random_flip"):
+        with pytest.raises(ValueError, match="Drawn makes its pictures itself: leave out"):
+            image_preparer(16, source=Drawn(), **{option: True})

@@ -93,6 +93,11 @@ class HARTResidualScheduler(DDPMScheduler):
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
 
+    def training_tables_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The coefficients of the whole chain, float32 `(num_train_timesteps,)`; they stay on the device asked for."""
+        self.training_tables = {name: table.to(device) for name, table in self.training_tables.items()}
+        return self.training_tables
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

@@ -16,6 +16,8 @@ from .random_draws import seeded_generator
 
 logger = logging.get_logger(__name__)
 
+MOST_SKIPPED_OF_ENDLESS = 100
+
 
 class UnreadableImage(ValueError):
     """A picture that cannot be opened or is cut short; says which."""
@@ -70,6 +72,12 @@ def image_to_tensor(
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def is_endless(source: Any) -> bool:
+    """Whether a source gives an example for each position, however far: it has items, but no length."""
+    has_items = hasattr(source, "__getitem__") and not hasattr(source, "__len__")
+    return has_items and not isinstance(source, torch.utils.data.IterableDataset)  # which inherits an item of its own
+
+
 class ExampleStream(torch.utils.data.IterableDataset):
     r"""
     An endless stream of examples in an order that depends on the seed alone. Position `p` of the stream is the `p`-th
@@ -78,8 +86,8 @@ class ExampleStream(torch.utils.data.IterableDataset):
 
     Args:
         source (`Sequence` or `Iterable`):
-            The examples. One with a length and items is shuffled anew each epoch; any other is read in its own order,
-            again and again.
+            The examples. One with a length and items is shuffled anew each epoch; one with items alone is endless, and
+            item `p` is the example of position `p`; any other is read in its own order, again and again.
         prepare (`Callable`):
             Makes a dict of tensors and strings of one example and a generator for its augmentation; may raise
             [`UnreadableImage`].
@@ -90,7 +98,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         shuffle (`bool`, defaults to `True`): Whether to shuffle a source that has items.
         on_bad_image (`str`, defaults to `"error"`):
             `"error"`, or `"skip"`: the next picture takes its place (in a source without items the last good one) and
-            the example's `skipped` counts it.
+            the example's `skipped` counts it. In an endless source one of the next 100 must be good.
 
     Raises:
         ValueError: If the source is too small for one batch of all processes.
@@ -113,7 +121,9 @@ class ExampleStream(torch.utils.data.IterableDataset):
             raise ValueError(f"`on_bad_image` must be 'error' or 'skip', not {on_bad_image!r}.")
         if start % (batch_size * world_size):
             raise ValueError(f"`start`={start} is not a whole number of batches of {batch_size * world_size}.")
-        self.has_items = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+        has_length = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+        self.has_items = has_length or is_endless(source)
+        self.length = len(source) if has_length else None
         self.source = source
         self.prepare = prepare
         self.batch_size = batch_size
@@ -123,11 +133,12 @@ class ExampleStream(torch.utils.data.IterableDataset):
         self.start = start
         self.shuffle = shuffle
         self.on_bad_image = on_bad_image
-        if self.has_items:
-            self._check_size(len(source))
+        if self.length is not None:
+            self._check_size(self.length)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         last_good = None
+        most_skipped = 0 if not self.has_items else MOST_SKIPPED_OF_ENDLESS if self.length is None else self.length
         for position, raw in self._own_positions():
             skipped = 0
             while True:
@@ -140,7 +151,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
                         raise
                     skipped += 1
                     logger.warning(f"Skipped: {error}")
-                    if self.has_items and skipped < len(self.source):
+                    if skipped < most_skipped:
                         continue
                     if last_good is None:
                         raise UnreadableImage(f"No picture before it could be read either: {error}") from error
@@ -183,14 +194,16 @@ class ExampleStream(torch.utils.data.IterableDataset):
             self._check_size(count)
 
     def _item(self, position: int, skipped: int) -> Any:
-        epoch, place = divmod(position, len(self.source))
+        if self.length is None:
+            return self.source[position + skipped]
+        epoch, place = divmod(position, self.length)
         index = self._order(epoch)[place] if self.shuffle else place
-        return self.source[(int(index) + skipped) % len(self.source)]
+        return self.source[(int(index) + skipped) % self.length]
 
     def _order(self, epoch: int) -> torch.Tensor:
         if getattr(self, "_epoch", None) != epoch:
             generator = seeded_generator("cpu", self.seed, "epoch", epoch)
-            self._epoch, self._epoch_order = epoch, torch.randperm(len(self.source), generator=generator)
+            self._epoch, self._epoch_order = epoch, torch.randperm(self.length, generator=generator)
         return self._epoch_order
 
 
@@ -206,4 +219,30 @@ def collate(examples: Iterable[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = sum(values)
         else:
             batch[name] = values
+    return batch
+
+
+@torch.no_grad()
+def finish_batch(
+    source: Any, batch: dict[str, Any], device: torch.device | str, resolution: int | None = None
+) -> dict[str, Any]:
+    """
+    A batch with its pictures: what the `finish_batch(batch, device)` of its source makes of it, such as pictures drawn
+    on the device, or the batch itself where the source has no such method.
+
+    Raises:
+        ValueError: If the source adds no `pixel_values` `(batch_size, 3, resolution, resolution)`.
+    """
+    if not hasattr(source, "finish_batch"):
+        return batch
+    batch = {**batch, **source.finish_batch(batch, device)}
+    pixel_values = batch.get("pixel_values")
+    found = list(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else f"a {type(pixel_values).__name__}"
+    side = found[-1] if resolution is None and isinstance(found, list) and len(found) == 4 else resolution
+    if not isinstance(found, list) or found[1:] != [3, side, side]:
+        side = "resolution" if side is None else side
+        raise ValueError(
+            f"`finish_batch` of {type(source).__name__} must add `pixel_values`, a tensor "
+            f"(batch_size, 3, {side}, {side}), not {found}."
+        )
     return batch

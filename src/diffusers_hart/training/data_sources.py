@@ -34,9 +34,11 @@ def load_image_source(
             labels, a folder for each class does as well.
         train_shards (`str`, *optional*): Pattern of webdataset tar files.
         train_iterable (`str`, *optional*):
-            `path/to/file.py:name` or `module:name` of pairs of a picture and a caption or a label: a sequence or another
-            object that can be iterated again and again, or a function without arguments that gives one. A function
-            that gives an iterator, such as a generator, is called for each epoch.
+            `path/to/file.py:name` or `module:name` of pairs of a picture and a caption or a label: a sequence, an
+            object with items but no length, which is endless, or another one that can be iterated again and again; or a
+            function or class that gives one when called without arguments. A function that gives an iterator, such as
+            a generator, is called for each epoch. An object with `finish_batch(batch, device)` gives dicts instead of
+            pairs and makes the pictures of a batch of them, see [`finish_batch`].
         image_column (`str`, defaults to `"image"`): Column of the pictures.
         caption_column (`str`, *optional*, defaults to `"text"`): Column of the captions or labels, `None` for neither.
         cache_dir (`str`, *optional*): Where `datasets` keeps its files.
@@ -84,6 +86,7 @@ def image_preparer(
     random_crop: bool = False,
     random_flip: bool = False,
     num_classes: int | None = None,
+    source: Any = None,
 ) -> Callable[[Any, torch.Generator], dict[str, Any]]:
     r"""
     What [`ExampleStream`] does with an example of [`load_image_source`].
@@ -95,11 +98,28 @@ def image_preparer(
         random_crop (`bool`, defaults to `False`): Whether to crop at random instead of in the middle.
         random_flip (`bool`, defaults to `False`): Whether to mirror every other picture.
         num_classes (`int`, *optional*): Number of classes; the column then holds labels instead of captions.
+        source (*optional*):
+            The source. The examples of one that finishes batches have no pictures yet; they are dicts and stay as they
+            are, but for their `caption` or `label`.
 
     Returns:
         `Callable`: Makes a dict of `pixel_values` `(3, resolution, resolution)` in [-1, 1] and, if there is a column for
         it, `caption` (`str`) or `label` (`int`); raises `ValueError` for a caption or label of another kind.
+
+    Raises:
+        ValueError: If pictures are to be cropped or flipped at random that the source itself makes.
     """
+
+    def condition(value: Any, image: Any, generator: torch.Generator) -> dict[str, Any]:
+        if caption_column is None:
+            return {}
+        if num_classes is not None:
+            return {"label": check_label(value, num_classes, image)}
+        if isinstance(value, (list, tuple)) and value:  # several captions for one picture
+            value = value[torch.randint(len(value), (), generator=generator).item()]
+        if not isinstance(value, str):
+            raise ValueError(f"The caption of {image_name(image)} must be a text, not {value!r}.")
+        return {"caption": value}
 
     def prepare(example: Any, generator: torch.Generator) -> dict[str, Any]:
         if isinstance(example, dict):
@@ -107,17 +127,22 @@ def image_preparer(
         else:
             image, caption = example if isinstance(example, (tuple, list)) else (example, None)
         pixel_values = image_to_tensor(read_image(image), resolution, generator, random_crop, random_flip)
-        if caption_column is None:
-            return {"pixel_values": pixel_values}
-        if num_classes is not None:
-            return {"pixel_values": pixel_values, "label": check_label(caption, num_classes, image)}
-        if isinstance(caption, (list, tuple)) and caption:  # several captions for one picture
-            caption = caption[torch.randint(len(caption), (), generator=generator).item()]
-        if not isinstance(caption, str):
-            raise ValueError(f"The caption of {image_name(image)} must be a text, not {caption!r}.")
-        return {"pixel_values": pixel_values, "caption": caption}
+        return {"pixel_values": pixel_values, **condition(caption, image, generator)}
 
-    return prepare
+    def prepare_unfinished(example: Any, generator: torch.Generator) -> dict[str, Any]:
+        if not isinstance(example, dict):
+            kind = type(example).__name__
+            raise ValueError(f"The examples of a source with `finish_batch` must be dicts, not {kind}.")
+        value = example.get("caption" if num_classes is None else "label")
+        return {**example, **condition(value, None, generator)}
+
+    if not hasattr(source, "finish_batch"):
+        return prepare
+    if random_crop or random_flip:
+        raise ValueError(
+            f"{type(source).__name__} makes its pictures itself: leave out --random_crop and --random_flip."
+        )
+    return prepare_unfinished
 
 
 def check_label(label: Any, num_classes: int, image: Any) -> int:

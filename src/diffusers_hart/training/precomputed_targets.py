@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..models import HybridTokenizer
-from .data import UnreadableImage
+from .data import UnreadableImage, is_endless
 from .data_sources import check_label
 from .random_draws import seeded_generator
 
@@ -65,10 +65,14 @@ def write_precomputed_targets(
     Raises:
         FileExistsError: If the folder exists, or an unfinished one of another description.
         UnreadableImage: If a picture is bad; names the file.
-        ValueError: If there is no example.
+        ValueError: If there is no example, or no end of them.
     """
     import datasets
 
+    if is_endless(source):
+        raise ValueError(
+            f"{type(source).__name__} has items but no length: an endless source cannot be encoded before the training."
+        )
     state = PartialState()
     output_dir = Path(output_dir)
     unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")

@@ -64,7 +64,7 @@ def residual_diffusion_loss(
     predicted_noise, variance_fraction = output.chunk(2, dim=-1)
     mse = F.mse_loss(predicted_noise, noise, reduction="none").mean(-1)
 
-    table = {name: values.to(residual.device)[timestep][:, None] for name, values in scheduler.training_tables.items()}
+    table = {name: values[timestep][:, None] for name, values in scheduler.training_tables_on(residual.device).items()}
     true_mean = table["mean_of_sample"] * residual + table["mean_of_noisy"] * noisy
     predicted = table["sample_from_noisy"] * noisy - table["sample_from_noise"] * predicted_noise.detach()
     mean = table["mean_of_sample"] * predicted + table["mean_of_noisy"] * noisy

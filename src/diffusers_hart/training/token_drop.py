@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .random_draws import draw_per_sample, seeded_generator
+from .random_draws import draw_subsets, seeded_generator
 
 
 # Kept tokens come in multiples of this and are at least as many: steps then share a few shapes, for which attention
@@ -30,7 +30,11 @@ def num_kept_tokens(num_tokens: int, fraction: float) -> int:
 
 
 def kept_tokens(
-    num_tokens: int, fraction: float, seed: int, positions: Sequence[int], device: torch.device | str
+    num_tokens: int,
+    fraction: float,
+    seed: int,
+    positions: Sequence[int] | torch.Tensor,
+    device: torch.device | str,
 ) -> torch.LongTensor:
     """
     Which tokens of the last scale a step goes through, a different random choice for each sample.
@@ -39,16 +43,10 @@ def kept_tokens(
         num_tokens (`int`): Number of tokens of the last scale.
         fraction (`float`): Share of them to drop, to the nearest multiple of 32 kept tokens, at least 32.
         seed (`int`): Seed of the run.
-        positions (`Sequence[int]`): The samples' positions in the run.
+        positions (`Sequence[int]` or `torch.LongTensor` of shape `(batch_size,)`): The samples' positions in the run.
         device (`torch.device` or `str`): Where to draw.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, kept)`, ascending.
     """
-    kept = num_kept_tokens(num_tokens, fraction)
-
-    def choose(generator: torch.Generator) -> torch.LongTensor:
-        order = torch.randperm(num_tokens, generator=generator, device=generator.device)
-        return order[:kept].sort().values
-
-    return draw_per_sample(choose, device, seed, "token drop", positions)
+    return draw_subsets(num_tokens, num_kept_tokens(num_tokens, fraction), device, seed, "token drop", positions)

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from .checkpoints import resume_from_checkpoint, save_checkpoint
-from .data import ExampleStream, collate
+from .data import ExampleStream, collate, finish_batch
 from .metrics_file import MetricsFile
 
 
@@ -99,7 +99,8 @@ def train(
     Args:
         args (`argparse.Namespace`): The arguments of [`add_training_arguments`] and [`add_data_arguments`].
         accelerator (`Accelerator`): Everything that checkpoints hold must be prepared or registered with it.
-        source, prepare: The examples and what to make of them, as in [`ExampleStream`].
+        source, prepare:
+            The examples and what to make of them, as in [`ExampleStream`]; batches go through [`finish_batch`].
         training_step (`Callable`):
             Takes the micro-batches of one step and the number of steps before it; updates the weights and returns
             figures to log, of shape `()`: `loss` among them and, where it must be finite too, `grad_norm`.
@@ -126,7 +127,12 @@ def train(
         on_bad_image=args.on_bad_image,
     )
     loader = torch.utils.data.DataLoader(
-        stream, args.train_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers, drop_last=True
+        stream,
+        args.train_batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        drop_last=True,
     )
     batches: Iterator[dict[str, Any]] = iter(loader)
     skipped = 0
@@ -137,10 +143,15 @@ def train(
         disable=not accelerator.is_local_main_process,
     )
     for step in range(first_step, args.max_train_steps):
-        micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+        micro_batches = [
+            finish_batch(source, next(batches), accelerator.device, args.resolution)
+            for _ in range(args.gradient_accumulation_steps)
+        ]
         logs = training_step(micro_batches, step)
         done = step + 1
-        skipped_here = torch.tensor(float(sum(batch["skipped"] for batch in micro_batches)), device=accelerator.device)
+        # Filled on the device: a copy would wait for it, and reading the figures below is to be the only wait.
+        skipped_here = sum(batch["skipped"] for batch in micro_batches)
+        skipped_here = torch.full((), float(skipped_here), device=accelerator.device)
         values = torch.stack([*(value.detach().float() for value in logs.values()), skipped_here])
         *means, mean_skipped = accelerator.reduce(values, reduction="mean").tolist()
         skipped += round(mean_skipped * accelerator.num_processes)

@@ -77,19 +77,31 @@ def open_training_data(
 
 
 def training_preparer(
-    args: argparse.Namespace, vae: HybridTokenizer, scales: Sequence[int], column: str, num_classes: int | None = None
+    args: argparse.Namespace,
+    source: Any,
+    vae: HybridTokenizer,
+    scales: Sequence[int],
+    column: str,
+    num_classes: int | None = None,
 ) -> Callable[[Any, torch.Generator], dict[str, Any]]:
-    """What [`ExampleStream`] does with an example of [`open_training_data`]."""
+    """What [`ExampleStream`] does with an example of `source`, which [`open_training_data`] gave."""
     if args.precomputed_data_dir is not None:
         return precomputed_preparer(num_classes)
     return image_preparer(
-        scales[-1] * vae.spatial_factor, args.image_column, column, args.random_crop, args.random_flip, num_classes
+        scales[-1] * vae.spatial_factor,
+        args.image_column,
+        column,
+        args.random_crop,
+        args.random_flip,
+        num_classes,
+        source,
     )
 
 
 def batch_targets(batch: dict[str, Any], vae: HybridTokenizer, scales: Sequence[int]) -> TeacherForcingTargets:
     """The targets of a batch of pictures or of pre-computed targets, on the tokenizer's device."""
     if "codes" in batch:
-        latents, codes = batch["latents"].to(vae.device), batch["codes"].to(vae.device)
+        latents, codes = (batch[name].to(vae.device, non_blocking=True) for name in ("latents", "codes"))
         return teacher_forcing_targets(vae, scales, latents=latents, codes=codes)
-    return teacher_forcing_targets(vae, scales, images=batch["pixel_values"].to(vae.device, vae.dtype))
+    images = batch["pixel_values"].to(vae.device, non_blocking=True).to(vae.dtype)
+    return teacher_forcing_targets(vae, scales, images=images)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ..schedulers import HARTResidualScheduler, HARTScheduler
-from .random_draws import draw_per_sample
+from .random_draws import draw_integers, draw_normal, draw_uniform
 from .residual_loss import residual_diffusion_loss
 from .teacher_forcing import TeacherForcingTargets
 from .token_drop import drop_fraction, kept_tokens
@@ -75,7 +75,7 @@ class HARTTrainingModule(nn.Module):
         self,
         targets: TeacherForcingTargets,
         step: int,
-        positions: Sequence[int],
+        positions: Sequence[int] | torch.Tensor,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         class_labels: torch.LongTensor | None = None,
@@ -86,7 +86,8 @@ class HARTTrainingModule(nn.Module):
         Args:
             targets ([`TeacherForcingTargets`]): What [`teacher_forcing_targets`] makes of the pictures.
             step (`int`): Number of optimizer steps before this one.
-            positions (`Sequence[int]`): How many samples the run had seen before each of these.
+            positions (`Sequence[int]` or `torch.LongTensor` of shape `(batch_size,)`):
+                How many samples the run had seen before each of these.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*): The captions.
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): Their mask.
             class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The classes.
@@ -96,8 +97,9 @@ class HARTTrainingModule(nn.Module):
             `residual_mse` and `residual_variational` (bits per channel), and `code_accuracy`; all of shape `()`.
         """
         # 1. The condition, dropped for some samples, and the tokens of the last scale that are gone through
-        condition = self.drop_condition(prompt_embeds, prompt_attention_mask, class_labels, positions)
         device = targets.codes.device
+        positions = torch.as_tensor(positions).to(device, non_blocking=True)
+        condition = self.drop_condition(prompt_embeds, prompt_attention_mask, class_labels, positions)
         codes, last_scale, kept = targets.codes, targets.last_scale, None
         if self.token_drop:
             fraction = drop_fraction(self.seed, step)
@@ -133,14 +135,11 @@ class HARTTrainingModule(nn.Module):
         prompt_embeds: torch.Tensor | None,
         prompt_attention_mask: torch.Tensor | None,
         class_labels: torch.LongTensor | None,
-        positions: Sequence[int],
+        positions: Sequence[int] | torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """The transformer's condition, for some samples the unconditional one that guidance starts from."""
         given = class_labels if class_labels is not None else prompt_embeds
-        draws = draw_per_sample(
-            lambda g: torch.rand((), generator=g), "cpu", self.seed, "condition dropout", positions
-        )
-        dropped = (draws < self.condition_dropout).to(given.device)
+        dropped = draw_uniform((), given.device, self.seed, "condition dropout", positions) < self.condition_dropout
         if class_labels is not None:
             return {"class_labels": class_labels.masked_fill(dropped, self.transformer.config.num_classes)}
         # The text's offset goes with it: generation has the unconditional branch at position 0.
@@ -152,34 +151,20 @@ class HARTTrainingModule(nn.Module):
         }
 
     @torch.no_grad()
-    def sample_codes(self, logits: torch.Tensor, positions: Sequence[int]) -> torch.LongTensor:
+    def sample_codes(self, logits: torch.Tensor, positions: Sequence[int] | torch.Tensor) -> torch.LongTensor:
         """Codes `(batch_size, tokens)` drawn from logits `(batch_size, tokens, codebook_size)`."""
-        uniform = draw_per_sample(
-            lambda g: 1 - torch.rand(logits.shape[1], generator=g, device=g.device),
-            logits.device,
-            self.seed,
-            "codes",
-            positions,
-        )
+        uniform = 1 - draw_uniform(logits.shape[1:2], logits.device, self.seed, "codes", positions)
         masked = self.scheduler.mask_logits(logits, 0, self.sample_top_k, self.sample_top_p)
         return self.scheduler.draw_codes(masked, uniform)
 
     def residual_loss(
-        self, residual: torch.Tensor, condition: torch.Tensor, positions: Sequence[int]
+        self, residual: torch.Tensor, condition: torch.Tensor, positions: Sequence[int] | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both terms of the residual's loss, each residual `(batch_size, tokens, channels)` used several times."""
         shape = (self.residual_batch_multiplier, *residual.shape[1:])
         num_timesteps = self.residual_scheduler.config.num_train_timesteps
-        timestep = draw_per_sample(
-            lambda g: torch.randint(num_timesteps, shape[:-1], generator=g, device=g.device),
-            residual.device,
-            self.seed,
-            "timestep",
-            positions,
-        )
-        noise = draw_per_sample(
-            lambda g: torch.randn(shape, generator=g, device=g.device), residual.device, self.seed, "noise", positions
-        )
+        timestep = draw_integers(num_timesteps, shape[:-1], residual.device, self.seed, "timestep", positions)
+        noise = draw_normal(shape, residual.device, self.seed, "noise", positions)
         repeated = [
             tensor[:, None].expand(-1, self.residual_batch_multiplier, -1, -1).flatten(0, 2)
             for tensor in (residual, condition)

@@ -64,7 +64,7 @@ class WeightUpdates:
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return {}
-        figures = {"learning_rate": torch.tensor(self.lr_scheduler.get_last_lr()[0], device=loss.device)}
+        figures = {"learning_rate": torch.full((), self.lr_scheduler.get_last_lr()[0], device=loss.device)}
         grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         if self.accelerator.scaler is None:  # with fp16 a norm that is not finite is a step that the scaler leaves out
             figures["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
