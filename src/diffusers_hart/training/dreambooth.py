@@ -108,7 +108,8 @@ def draw_class_pictures(
     for start in tqdm(range(0, len(own), batch_size), desc="Class pictures", disable=not accelerator.is_main_process):
         batch = own[start : start + batch_size]
         generators = [seeded_generator("cpu", seed, "class picture", place) for place in batch]
-        with accelerator.autocast():
+        # Blocks compiled for training steps would be compiled anew for each scale.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             images = pipe(prompt, num_images_per_prompt=len(batch), generator=generators, **options).images
         for place, image in zip(batch, images):
             unfinished = folder / f".class-{place:05d}.unfinished"
