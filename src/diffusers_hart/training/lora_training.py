@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .lora import (
 from .lora_module import LoraTrainingModule
 from .lora_publishing import publish_lora
 from .new_models import check_models_fit
+from .random_draws import seeded_generator
 from .teacher_forcing import TeacherForcingTargets
 from .train_loop import mean_figures, train
 from .training_data import batch_targets, training_scales
@@ -215,6 +217,10 @@ class LoraTraining:
             self.text_encoder.to("cpu")
 
         def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
+            with self._dropout_of_step(step):
+                return update_weights(micro_batches, step)
+
+        def update_weights(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
             figures = []
             for batch in micro_batches:
                 own, prior = split_prior(self.encode(batch))
@@ -266,6 +272,21 @@ class LoraTraining:
                 publish_lora(args, self.adapted, description, adapters, repo_id, instance_prompt)
         self.accelerator.wait_for_everyone()
         return Path(args.output_dir)
+
+    @contextmanager
+    def _dropout_of_step(self, step: int) -> Iterator[None]:
+        """Within this context dropout, which knows no generators, follows from the seed, the step and the process."""
+        if self.args.lora_dropout == 0:
+            yield
+            return
+        device = self.accelerator.device
+        key = (self.args.seed, "dropout", step, self.accelerator.process_index)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            # Of the CPU and of this device alone, unlike torch.manual_seed.
+            torch.default_generator.manual_seed(seeded_generator("cpu", *key).initial_seed())
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seeded_generator("cpu", *key).initial_seed())
+            yield
 
     def _validation_conditions(self) -> list[dict[str, Any]]:
         args = self.args
