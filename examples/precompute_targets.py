@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from diffusers_hart import HARTPipeline, HARTScheduler, HARTTransformer2DModel, HybridTokenizer
 from diffusers_hart.training.arguments import add_data_arguments, positive_int
+from diffusers_hart.training.caption_encoder import CaptionEncoder
 from diffusers_hart.training.data import collate, finish_batch
 from diffusers_hart.training.data_sources import image_preparer, load_image_source
 from diffusers_hart.training.new_models import new_scheduler
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> Path:
         frozen = {"vae": vae, "transformer": None, "residual_mlp": None}
         pipe = HARTPipeline.from_pretrained(pretrained, dtype=DTYPES[args.dtype], **stored, **frozen)
         pipe.text_encoder.requires_grad_(False).to(state.device)
+        encode_captions = CaptionEncoder(pipe, config["caption_length"])
 
     # 2. The pictures
     with state.main_process_first():
@@ -119,14 +121,9 @@ def main(argv: list[str] | None = None) -> Path:
         condition = "caption" if num_classes is None else "label"
         columns[condition] = [example[condition] for example in examples]
         if args.encode_prompts:
-            embeds, mask, _, _ = pipe.encode_prompt(
-                columns["caption"],
-                device=state.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=config["caption_length"],
-            )
-            columns["prompt_embeds"] = embeds.half().cpu().numpy()
-            columns["prompt_attention_mask"] = mask.cpu().numpy()
+            text = encode_captions(columns["caption"])
+            columns["prompt_embeds"] = text["prompt_embeds"].half().cpu().numpy()
+            columns["prompt_attention_mask"] = text["prompt_attention_mask"].cpu().numpy()
         return columns
 
     folder = write_precomputed_targets(

@@ -37,8 +37,6 @@ from diffusers_hart.training.weight_updates import WeightUpdates
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_hart_arguments(parser)
-    parser.add_argument("--vae_path", help="tokenizer of a new pipeline, instead of a pipeline to start from")
-    parser.add_argument("--vae_subfolder", help="where the tokenizer is in --vae_path, such as vae in a pipeline")
     parser.add_argument(
         "--depth", type=positive_int, default=20, help="of the transformer of a new pipeline; 64 times as wide"
     )
@@ -52,6 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.pretrained_model_name_or_path is None) == (args.vae_path is None):
         parser.error("either --pretrained_model_name_or_path or, for a new pipeline, --vae_path is needed")
+    if args.scheduler_config is not None and args.vae_path is None:
+        parser.error("--scheduler_config is of a new pipeline, which --vae_path makes")
     args.from_scratch = args.from_scratch or args.vae_path is not None
     return args
 
@@ -64,7 +64,8 @@ def load_pipeline(args: argparse.Namespace, dtype: dict[str, torch.dtype] | None
         )
     vae_dtype = None if dtype is None else dtype["default"]
     vae = HybridTokenizer.from_pretrained(args.vae_path, subfolder=args.vae_subfolder, dtype=vae_dtype)
-    return HARTClassConditionalPipeline(**{"transformer": None, "vae": vae, "scheduler": new_scheduler(vae), **parts})
+    scheduler = new_scheduler(vae, args.scheduler_config)
+    return HARTClassConditionalPipeline(**{"transformer": None, "vae": vae, "scheduler": scheduler, **parts})
 
 
 def new_transformer_config(

@@ -4,8 +4,6 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from diffusers_hart.training.arguments import add_data_arguments, add_training_a
 from diffusers_hart.training.codebook_usage import CodebookUsage
 from diffusers_hart.training.data import ExampleStream, collate, finish_batch
 from diffusers_hart.training.data_sources import image_preparer, load_image_source
-from diffusers_hart.training.new_models import read_config
+from diffusers_hart.training.new_models import read_config, weights_from
 from diffusers_hart.training.patch_discriminator import PatchDiscriminator
 from diffusers_hart.training.perceptual_loss import load_perceptual_loss
 from diffusers_hart.training.publishing import hub_repository, publish_pipeline
@@ -107,14 +105,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         logger.warning(f"Training without a discriminator: --discriminator_start {args.discriminator_start} is later.")
         args.adversarial_weight = 0.0
     return args
-
-
-@contextmanager
-def weights_from(seed: int) -> Iterator[None]:
-    """Models built in here get weights that are a function of the seed; global random numbers stay as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def load_tokenizer(args: argparse.Namespace) -> HybridTokenizer:

@@ -9,8 +9,9 @@ import torch
 
 from diffusers_hart.shapes import ShapesChecker, ShapesCheckerTrainingModule, ShapesDataset
 from diffusers_hart.shapes.checker_training import soil_images
+from diffusers_hart.shapes.scenes import IMAGE_SIZE
 from diffusers_hart.training.arguments import add_training_arguments
-from diffusers_hart.training.data_sources import load_image_source
+from diffusers_hart.training.data_sources import image_preparer, load_image_source
 from diffusers_hart.training.random_draws import seeded_generator
 from diffusers_hart.training.train_loop import create_accelerator, mean_figures, train
 from diffusers_hart.training.weight_updates import WeightUpdates
@@ -29,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     add_training_arguments(parser)
     args = parser.parse_args(argv)
-    args.on_bad_image = "error"
+    args.on_bad_image, args.resolution = "error", IMAGE_SIZE
     return args
 
 
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> Path:
                     right += sum(model.accepts(images, [test.statement(place) for place in places]))
                 accelerator.log({"validation_accuracy": right / args.num_validation_images}, step=step)
 
-    train(args, accelerator, dataset, None, training_step, validate)
+    prepare = image_preparer(IMAGE_SIZE, caption_column=None, source=dataset)
+    train(args, accelerator, dataset, prepare, training_step, validate)
     with weights.for_inference() as models:
         for model in models.values():
             model.eval().save_pretrained(args.output_dir)

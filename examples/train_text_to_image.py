@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModel, AutoTokenizer
 
-from diffusers_hart import HARTPipeline, HARTResidualScheduler, HARTTransformer2DModel
+from diffusers_hart import HARTPipeline, HARTResidualScheduler, HARTTransformer2DModel, HybridTokenizer
 from diffusers_hart.training.arguments import add_data_arguments, add_hart_arguments, add_training_arguments, share
+from diffusers_hart.training.caption_encoder import CaptionEncoder
 from diffusers_hart.training.finetuning import frozen_dtype, trainable_models, training_module, training_settings
-from diffusers_hart.training.new_models import config_of, read_config
+from diffusers_hart.training.new_models import config_of, new_scheduler, read_config
 from diffusers_hart.training.publishing import hub_repository, publish_pipeline
 from diffusers_hart.training.train_loop import create_accelerator, mean_figures, train
 from diffusers_hart.training.training_data import (
@@ -26,16 +28,55 @@ from diffusers_hart.training.weight_updates import WeightUpdates
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_hart_arguments(parser)
+    parser.add_argument(
+        "--text_encoder_path", help="folder or id on the Hub with the text_encoder and tokenizer of a new pipeline"
+    )
     parser.add_argument("--caption_dropout", type=share, default=0.1, help="share of captions that are left out")
     parser.add_argument("--validation_prompt", nargs="+", default=[], help="one or several; none, no validation")
     add_data_arguments(parser)
     add_training_arguments(parser)
     args = parser.parse_args(argv)
-    if args.pretrained_model_name_or_path is None:
+    new_parts = [args.vae_path, args.text_encoder_path]
+    if new_parts.count(None) != (0 if args.pretrained_model_name_or_path is None else 2):
         parser.error(
-            "--pretrained_model_name_or_path is needed, from scratch too: for its tokenizers and text encoder"
+            "either --pretrained_model_name_or_path or, for a new pipeline, --vae_path and --text_encoder_path are needed"
         )
+    if args.scheduler_config is not None and args.vae_path is None:
+        parser.error("--scheduler_config is of a new pipeline, which --vae_path and --text_encoder_path make")
+    args.from_scratch = args.from_scratch or args.vae_path is not None
     return args
+
+
+def load_pipeline(args: argparse.Namespace, dtype: dict[str, torch.dtype | str], **parts: Any) -> HARTPipeline:
+    """The pipeline to start from; a new one has its frozen parts and its schedules of scales, but no transformer."""
+    if args.vae_path is None:
+        return HARTPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype, **parts
+        )
+    vae = HybridTokenizer.from_pretrained(args.vae_path, subfolder=args.vae_subfolder, dtype=dtype["default"])
+    new = {
+        "tokenizer": AutoTokenizer.from_pretrained(args.text_encoder_path, subfolder="tokenizer"),
+        "text_encoder": AutoModel.from_pretrained(
+            args.text_encoder_path, subfolder="text_encoder", dtype=dtype.get("text_encoder", dtype["default"])
+        ),
+        "transformer": None,
+        "vae": vae,
+        "scheduler": new_scheduler(vae, args.scheduler_config),
+    }
+    return HARTPipeline(**{**new, **parts})
+
+
+def new_transformer_config(args: argparse.Namespace, pipe: HARTPipeline) -> dict[str, Any]:
+    """Arguments of a transformer from scratch: those of the pipeline's own, or the published sizes on what is frozen."""
+    if pipe.transformer is not None:
+        config = config_of(pipe.transformer)
+    else:
+        config = {
+            "in_channels": pipe.vae.config.latent_channels,
+            "codebook_size": pipe.vae.config.codebook_size,
+            "caption_channels": pipe.text_encoder.config.hidden_size,
+        }
+    return config | read_config(args.transformer_config, HARTTransformer2DModel)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -44,21 +85,17 @@ def main(argv: list[str] | None = None) -> Path:
     repo_id = hub_repository(args) if accelerator.is_main_process else None
 
     # 1. The models: those that are trained in float32, the frozen ones in the precision of the run
-    def load_pipeline(**options: Any) -> HARTPipeline:
-        return HARTPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, **options
-        )
-
     dtypes = {"transformer": torch.float32, "residual_mlp": torch.float32, "default": frozen_dtype(accelerator)}
-    pipe = load_pipeline(dtype=dtypes)
+    pipe = load_pipeline(args, dtypes)
     vae = pipe.vae.requires_grad_(False).to(accelerator.device)
     text_encoder = pipe.text_encoder.requires_grad_(False).to(accelerator.device)
     schedulers = {
         "scheduler": pipe.scheduler,
         "residual_scheduler": pipe.residual_scheduler or HARTResidualScheduler(),
     }
-    scales = training_scales(pipe.scheduler, vae, args.resolution, pipe.transformer.config.sample_size)
-    new_config = config_of(pipe.transformer) | read_config(args.transformer_config, HARTTransformer2DModel)
+    sample_size = vae.config.scales[-1] if pipe.transformer is None else pipe.transformer.config.sample_size
+    scales = training_scales(pipe.scheduler, vae, args.resolution, sample_size)
+    new_config = new_transformer_config(args, pipe)
     models = trainable_models(args, pipe.transformer, pipe.residual_mlp, vae, scales, new_config, text_encoder)
     pipe.register_modules(**models)
     module = training_module(args, models, vae, pipe.scheduler, scales, args.caption_dropout)
@@ -70,21 +107,12 @@ def main(argv: list[str] | None = None) -> Path:
         source = open_training_data(args, vae, scales, *columns, config.caption_channels)
     prepare = training_preparer(args, source, vae, scales, args.caption_column)
 
-    @torch.no_grad()
+    encode_captions = CaptionEncoder(pipe, config.caption_length)
+
     def encode_text(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if "prompt_embeds" in batch:
-            embeds, mask = batch["prompt_embeds"], batch["prompt_attention_mask"]
-        else:
-            embeds, mask, _, _ = pipe.encode_prompt(
-                batch["caption"],
-                device=text_encoder.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=config.caption_length,
-            )
-        return {
-            "prompt_embeds": embeds.to(accelerator.device),
-            "prompt_attention_mask": mask.to(accelerator.device),
-        }
+        text = batch if "prompt_embeds" in batch else encode_captions(batch["caption"])
+        names = ("prompt_embeds", "prompt_attention_mask")
+        return {name: text[name].to(accelerator.device, non_blocking=True) for name in names}
 
     # 3. One step
     weights = WeightUpdates(args, accelerator, module)
@@ -117,7 +145,7 @@ def main(argv: list[str] | None = None) -> Path:
         if current:
             publish_pipeline(
                 args,
-                load_pipeline(dtype={"text_encoder": "auto", "default": torch.float32}, **current, **schedulers),
+                load_pipeline(args, {"text_encoder": "auto", "default": torch.float32}, **current, **schedulers),
                 "A text-to-image pipeline of HART, trained with diffusers-hart.",
                 training_settings(args, accelerator, scales),
                 pipeline_tag="text-to-image",

@@ -293,6 +293,51 @@ def test_new_models_of_other_sizes(train, tmp_path):
     assert pipe.encode_prompt("a")[0].shape == (1, 40, 64)
 
 
+def test_a_new_pipeline_of_a_tokenizer_and_a_text_encoder(script, tiny_pipeline, pictures, tmp_path):
+    (tmp_path / "transformer.json").write_text(
+        '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_length": 40}'
+    )
+    (tmp_path / "residual_mlp.json").write_text('{"hidden_size": 32, "num_layers": 1}')
+    (tmp_path / "scheduler.json").write_text('{"guidance_scale": 2.0, "schedules": [[1, 2, 4, 8], [1, 4]]}')
+    common = (
+        f"--vae_path {tiny_pipeline} --vae_subfolder vae --text_encoder_path {tiny_pipeline} --train_data_dir {pictures}"
+        f" --transformer_config {tmp_path}/transformer.json --residual_mlp_config {tmp_path}/residual_mlp.json"
+        f" --train_batch_size 2 --max_train_steps 2 --cache_dir {tmp_path}/cache --logging_steps 1"
+    )
+    options = f"--output_dir {tmp_path}/first --num_validation_images 1 --validation_prompt red"
+    pipe = HARTPipeline.from_pretrained(script.main(f"{common} {options}".split()))
+    assert (tmp_path / "first" / "validation" / "step-000002.png").exists()
+    config = pipe.transformer.config
+    assert (config.in_channels, config.codebook_size, config.caption_channels) == (8, 512, 64)
+    assert (config.num_layers, config.sample_size, pipe.default_max_sequence_length) == (1, 8, 40)
+    assert [*pipe.scheduler.config.schedules][-1] == [1, 2, 3, 4, 6, 8]  # the tokenizer's own beside the published
+    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tiny_pipeline / name).read_bytes()
+    assert pipe("red", generator=torch.Generator().manual_seed(0)).images[0].size == (128, 128)
+
+    options = f"--output_dir {tmp_path}/second --scheduler_config {tmp_path}/scheduler.json --resolution 64"
+    pipe = HARTPipeline.from_pretrained(script.main(f"{common} {options}".split()))
+    assert pipe.scheduler.config.guidance_scale == 2.0 and pipe.transformer.config.sample_size == 4
+    assert pipe.scheduler.scales(4) == (1, 4)
+    (tmp_path / "scheduler.json").write_text('{"scales": [1, 4]}')
+    with pytest.raises(ValueError, match=r"HARTScheduler has no \['scales'\]; it has \['schedules'"):
+        script.main(f"{common} {options}".split())
+
+
+def test_one_warning_of_captions_that_are_cut(train, tmp_path, caplog):
+    (tmp_path / "short.json").write_text('{"caption_length": 8}')
+    train("run", f"--max_train_steps 6 --from_scratch --transformer_config {tmp_path}/short.json")
+    messages = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert len(messages) == 1 and messages[0].startswith("Captions of more than 8 tokens are cut")
+
+
+def test_a_learning_rate_that_decays_at_the_end(train):
+    folder = train(
+        "run", "--max_train_steps 4 --lr_scheduler warmup_stable_decay --lr_warmup_steps 1 --lr_decay_steps 2"
+    )
+    assert list(metrics(folder, "learning_rate").values()) == pytest.approx([0, 1e-4, 1e-4, 5e-5])
+
+
 def test_another_resolution(train):
     folder = train("run", "--resolution 64 --max_train_steps 2 --no_token_drop")
     assert json.loads((folder / "transformer" / "config.json").read_text())["sample_size"] == 4
@@ -477,7 +522,10 @@ def test_unreadable_pictures(train, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "--pretrained_model_name_or_path is needed"),
+        ("", "either --pretrained_model_name_or_path or, for a new pipeline, --vae_path and --text_encoder_path are"),
+        ("--vae_path a", "--vae_path and --text_encoder_path are needed"),
+        ("--pretrained_model_name_or_path a --text_encoder_path a", "--vae_path and --text_encoder_path are needed"),
+        ("--pretrained_model_name_or_path a --scheduler_config a", "--scheduler_config is of a new pipeline"),
         ("--caption_dropout 1.5", "--caption_dropout: must be from 0 to 1, not 1.5"),
         ("--ema_decay x", "--ema_decay: must be from 0 to 1, not x"),
         ("--train_batch_size 0", "--train_batch_size: must be a whole number from 1, not 0"),

@@ -59,8 +59,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=float, default=1e-4)
     group.add_argument("--scale_lr", action="store_true", help="the rate is per 256 pictures of the global batch")
-    group.add_argument("--lr_scheduler", default="constant_with_warmup")
+    group.add_argument(
+        "--lr_scheduler", default="constant_with_warmup", help="one of diffusers', or warmup_stable_decay"
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--lr_decay_steps", type=positive_int, help="the last steps, of warmup_stable_decay")
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.95)
     group.add_argument("--adam_weight_decay", type=float, default=0.05)
@@ -90,6 +93,9 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained_model_name_or_path", help="pipeline to start from: a folder or an id on the Hub")
     group.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     group.add_argument("--variant", help="variant of its files, such as fp16")
+    group.add_argument("--vae_path", help="tokenizer of a new pipeline, instead of a pipeline to start from")
+    group.add_argument("--vae_subfolder", help="where the tokenizer is in --vae_path, such as vae in a pipeline")
+    group.add_argument("--scheduler_config", help="JSON file of HARTScheduler's arguments, of a new pipeline")
     group.add_argument("--from_scratch", action="store_true", help="new transformer and residual MLP, of its sizes")
     group.add_argument("--transformer_config", help="JSON file of arguments of a new transformer, instead of its own")
     group.add_argument("--residual_mlp_config", help="JSON file of arguments of a new residual MLP")

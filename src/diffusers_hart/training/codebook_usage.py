@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,11 @@ class CodebookUsage:
 
     def update(self, codes: torch.LongTensor) -> None:
         """Take note of one step's codes `(batch_size, L)`, those of all processes."""
+        # On the codes' device: a step does not wait for them.
+        self.used, self.unused_steps = self.used.to(codes.device), self.unused_steps.to(codes.device)
         used = torch.zeros_like(self.used)
-        for k, scale_codes in enumerate(codes.cpu().split([side * side for side in self.scales], dim=1)):
-            used[k, scale_codes.flatten()] = True
+        scale_of_token = [k for k, side in enumerate(self.scales) for _ in range(side * side)]
+        used[torch.tensor(scale_of_token).to(codes.device, non_blocking=True).expand_as(codes), codes] = True
         self.used |= used
         self.unused_steps = (self.unused_steps + 1).masked_fill(used.any(0), 0)
 
@@ -65,20 +68,19 @@ class CodebookUsage:
             for residuals in scale_residuals.split([side * side for side in self.scales], dim=1)
         ]
         # Each scale's vectors in random order; the first of every scale come before the second of any.
-        ranks = [
-            torch.randperm(len(vectors), generator=generator) * len(candidates) + k
-            for k, vectors in enumerate(candidates)
-        ]
-        chosen = torch.cat(ranks).argsort()[: len(unused)]
-        unused = unused[: len(chosen)]
+        orders = [torch.randperm(len(vectors), generator=generator)[: len(unused)] for vectors in candidates]
+        turns = sorted((turn, k) for k, order in enumerate(orders) for turn in range(len(order)))[: len(unused)]
+        unused = unused[: len(turns)]
+        starts = list(itertools.accumulate((len(vectors) for vectors in candidates), initial=0))
+        chosen = torch.tensor([starts[k] + orders[k][turn].item() for turn, k in turns])
         with torch.no_grad():
-            weight = codebook.weight
-            weight[unused.to(weight.device)] = torch.cat(candidates)[chosen.to(weight.device)].to(weight.dtype)
+            chosen_vectors = torch.cat(candidates)[chosen.to(candidates[0].device)]
+            codebook.weight[unused] = chosen_vectors.to(codebook.weight.dtype)
         self.unused_steps[unused] = 0
         return len(unused)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self.used, "unused_steps": self.unused_steps}
+        return {"used": self.used.cpu(), "unused_steps": self.unused_steps.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.used, self.unused_steps = state_dict["used"], state_dict["unused_steps"]

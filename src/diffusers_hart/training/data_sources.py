@@ -115,11 +115,7 @@ def image_preparer(
             return {}
         if num_classes is not None:
             return {"label": check_label(value, num_classes, image)}
-        if isinstance(value, (list, tuple)) and value:  # several captions for one picture
-            value = value[torch.randint(len(value), (), generator=generator).item()]
-        if not isinstance(value, str):
-            raise ValueError(f"The caption of {image_name(image)} must be a text, not {value!r}.")
-        return {"caption": value}
+        return {"caption": choose_caption(value, image, generator)}
 
     def prepare(example: Any, generator: torch.Generator) -> dict[str, Any]:
         if isinstance(example, dict):
@@ -143,6 +139,15 @@ def image_preparer(
             f"{type(source).__name__} makes its pictures itself: leave out --random_crop and --random_flip."
         )
     return prepare_unfinished
+
+
+def choose_caption(caption: Any, image: Any, generator: torch.Generator) -> str:
+    """The caption of a picture, or one of several; raises `ValueError`, naming the picture, if it is no text."""
+    if isinstance(caption, (list, tuple)) and caption:
+        caption = caption[torch.randint(len(caption), (), generator=generator).item()]
+    if not isinstance(caption, str):
+        raise ValueError(f"The caption of {image_name(image)} must be a text, not {caption!r}.")
+    return caption
 
 
 def check_label(label: Any, num_classes: int, image: Any) -> int:

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from ..pipelines import HARTPipeline
 from ..schedulers import HARTResidualScheduler
 from .arguments import add_loss_arguments, positive_int, share
+from .caption_encoder import CaptionEncoder
 from .dreambooth import PRIOR_PREFIX, split_prior
 from .example_cache import LARGEST_CACHED_BY_DEFAULT, cache_examples, can_cache
 from .finetuning import frozen_dtype, training_settings
@@ -125,18 +126,15 @@ class LoraTraining:
         if args.gradient_checkpointing and args.train_text_encoder:
             self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.pipe.to(accelerator.device)
+        self.encode_captions = CaptionEncoder(self.pipe, transformer.config.caption_length, args.train_text_encoder)
         self.reads_captions = (
             args.train_text_encoder
         )  # and, once `cached` has met data that are too many, otherwise too
 
     def prompt_embeds(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(batch_size, tokens, caption_channels)` of captions, and their mask."""
-        return self.pipe.encode_prompt(
-            captions,
-            device=self.accelerator.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.pipe.transformer.config.caption_length,
-        )[:2]
+        text = self.encode_captions(captions)
+        return text["prompt_embeds"], text["prompt_attention_mask"]
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
-from transformers import PreTrainedModel
+from diffusers.configuration_utils import ConfigMixin
+from transformers import PreTrainedModel, Qwen2Config, Qwen2Model
 
 from ..models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ..schedulers import HARTScheduler
@@ -17,9 +21,9 @@ def config_of(model: ModelMixin) -> dict[str, Any]:
     return {name: model.config[name] for name in _arguments(type(model))}
 
 
-def read_config(path: str | None, model_class: type[ModelMixin]) -> dict[str, Any]:
+def read_config(path: str | None, model_class: type[ConfigMixin]) -> dict[str, Any]:
     """
-    Arguments of a model from a JSON file, such as the `config.json` of a saved one; none without a file.
+    Arguments of a model or scheduler from a JSON file, such as the `config.json` of a saved one; none without a file.
 
     Raises:
         ValueError: If the file has names that the model does not know.
@@ -31,6 +35,37 @@ def read_config(path: str | None, model_class: type[ModelMixin]) -> dict[str, An
     if unknown := sorted(set(config) - set(_arguments(model_class))):
         raise ValueError(f"{path}: {model_class.__name__} has no {unknown}; it has {_arguments(model_class)}.")
     return config
+
+
+def read_text_encoder_config(path: str | None) -> dict[str, Any]:
+    """
+    Arguments of a `Qwen2Config` from a JSON file; none without a file.
+
+    Raises:
+        ValueError: If the file has names that the configuration does not know.
+    """
+    if path is None:
+        return {}
+    with open(path) as file:
+        config = json.load(file)
+    known = Qwen2Config().to_dict()
+    if unknown := sorted(set(config) - set(known)):
+        raise ValueError(f"{path}: Qwen2Config has no {unknown}; it has {sorted(known)}.")
+    return config
+
+
+@contextmanager
+def weights_from(seed: int) -> Iterator[None]:
+    """Models built in here get weights that are a function of the seed; global random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, unlike torch.manual_seed
+        yield
+
+
+def new_text_encoder(config: Qwen2Config, seed: int) -> Qwen2Model:
+    """A text encoder to train from the beginning, in float32; its weights are a function of `seed`."""
+    with weights_from(seed):
+        return Qwen2Model(config)
 
 
 def new_transformer(config: dict[str, Any], seed: int) -> HARTTransformer2DModel:
@@ -47,12 +82,18 @@ def new_residual_mlp(config: dict[str, Any], seed: int) -> ResidualDiffusionMLP:
     return residual_mlp
 
 
-def new_scheduler(vae: HybridTokenizer) -> HARTScheduler:
-    """A scheduler with the published schedules of scales and, where none of them is of its size, the tokenizer's own."""
-    schedules = HARTScheduler().config.schedules
-    if vae.config.scales[-1] not in [schedule[-1] for schedule in schedules]:
-        schedules = (*schedules, tuple(vae.config.scales))
-    return HARTScheduler(schedules)
+def new_scheduler(vae: HybridTokenizer, config_path: str | None = None) -> HARTScheduler:
+    """
+    A scheduler with the arguments of a JSON file and, unless that says otherwise, the published schedules of scales and,
+    where none of them is of its size, the tokenizer's own.
+    """
+    config = read_config(config_path, HARTScheduler)
+    if "schedules" not in config:
+        schedules = HARTScheduler().config.schedules
+        if vae.config.scales[-1] not in [schedule[-1] for schedule in schedules]:
+            schedules = (*schedules, tuple(vae.config.scales))
+        config["schedules"] = schedules
+    return HARTScheduler(**config)
 
 
 def check_models_fit(
@@ -88,5 +129,5 @@ def check_models_fit(
         )
 
 
-def _arguments(model_class: type[ModelMixin]) -> list[str]:
+def _arguments(model_class: type[ConfigMixin]) -> list[str]:
     return [name for name in inspect.signature(model_class.__init__).parameters if name != "self"]

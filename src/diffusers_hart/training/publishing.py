@@ -3,8 +3,8 @@ import argparse
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
@@ -19,13 +19,7 @@ CARD = """---
 
 ## Use
 
-With `pip install diffusers-hart`:
-
-```py
-from diffusers_hart import {pipeline_class}
-
-pipe = {pipeline_class}.from_pretrained("{repo_id}")
-```
+{use}
 
 ## Training
 
@@ -33,6 +27,13 @@ pipe = {pipeline_class}.from_pretrained("{repo_id}")
 |---|---|
 {settings}
 """
+USE = """With `pip install diffusers-hart`:
+
+```py
+from diffusers_hart import {pipeline_class}
+
+pipe = {pipeline_class}.from_pretrained("{repo_id}")
+```"""
 
 
 def hub_repository(args: argparse.Namespace) -> str | None:
@@ -48,12 +49,13 @@ def hub_repository(args: argparse.Namespace) -> str | None:
 
 def publish_pipeline(
     args: argparse.Namespace,
-    pipe: DiffusionPipeline,
+    pipe: Any,
     description: str,
     settings: dict[str, object],
     pipeline_tag: str | None,
     repo_id: str | None = None,
     base_model: str | None = None,
+    use: str = USE,
 ) -> Path:
     r"""
     Save a trained pipeline and its model card into the folder of the run, and push them. The pipeline is written beside
@@ -61,12 +63,13 @@ def publish_pipeline(
 
     Args:
         args (`argparse.Namespace`): The arguments of [`add_training_arguments`].
-        pipe (`DiffusionPipeline`): The pipeline.
+        pipe (`DiffusionPipeline`): The pipeline, or a model or anything else that has `save_pretrained`.
         description (`str`): What it is, for the card.
         settings (`dict[str, object]`): How it was trained, for the card.
         pipeline_tag (`str`, *optional*): The task, as the Hub knows it.
         repo_id (`str`, *optional*): Repository to push to, of [`hub_repository`]; without it nothing is pushed.
         base_model (`str`, *optional*): What it was trained from; named in the card if it is not a local folder.
+        use (`str`, *optional*): What the card says of its use, with `{pipeline_class}` and `{repo_id}` in their places.
 
     Returns:
         `Path`: The folder.
@@ -82,8 +85,7 @@ def publish_pipeline(
             header=header.to_yaml(),
             title=(repo_id or output_dir.resolve().name).split("/")[-1],
             description=description,
-            pipeline_class=type(pipe).__name__,
-            repo_id=repo_id or "path/to/this/folder",
+            use=use.format(pipeline_class=type(pipe).__name__, repo_id=repo_id or "path/to/this/folder"),
             settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         ),
         ignore_metadata_errors=True,

@@ -2,6 +2,7 @@
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def create_optimizer(args: argparse.Namespace, parameters: Any, accelerator: Acc
         except ImportError as error:
             raise ImportError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
     else:
-        optimizer_class = torch.optim.AdamW
+        optimizer_class = partial(torch.optim.AdamW, fused=True if accelerator.device.type == "cuda" else None)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.adam_weight_decay},

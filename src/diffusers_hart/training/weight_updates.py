@@ -9,9 +9,52 @@ from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, get_wsd_schedule
 
 from .ema import CheckpointedEMA
 from .train_loop import create_optimizer
+
+
+MODELS = (ModelMixin, PreTrainedModel)
+
+
+def create_lr_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    r"""
+    The schedule of the learning rate, from the arguments of [`add_training_arguments`]. That of `warmup_stable_decay`
+    grows and falls linearly, to 0 after the last step.
+
+    Raises:
+        ValueError: If its decay has no length or no room, or if another schedule was given one.
+    """
+    if args.lr_scheduler != "warmup_stable_decay":
+        if args.lr_decay_steps is not None:
+            raise ValueError(
+                f"--lr_scheduler {args.lr_scheduler} takes no --lr_decay_steps; warmup_stable_decay does."
+            )
+        return get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+    if args.lr_decay_steps is None:
+        raise ValueError(
+            "--lr_scheduler warmup_stable_decay needs --lr_decay_steps, the number of last steps that decay."
+        )
+    if args.lr_warmup_steps + args.lr_decay_steps > args.max_train_steps:
+        raise ValueError(
+            f"{args.lr_warmup_steps} --lr_warmup_steps and {args.lr_decay_steps} --lr_decay_steps are more than the "
+            f"{args.max_train_steps} steps of the run."
+        )
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_decay_steps=args.lr_decay_steps,
+        num_training_steps=args.max_train_steps,
+        decay_type="linear",
+    )
 
 
 class WeightUpdates:
@@ -23,7 +66,8 @@ class WeightUpdates:
         args (`argparse.Namespace`): The arguments of [`add_training_arguments`].
         accelerator (`Accelerator`): Of the run.
         module (`nn.Module`):
-            The module, whose children are the models, not prepared yet; `module` of this object is the prepared one.
+            The module, whose children are the models of diffusers or transformers, not prepared yet; `module` of this
+            object is the prepared one.
 
     Raises:
         ValueError: If averages are asked for under FSDP 1, whose shards cannot be averaged one by one.
@@ -32,19 +76,14 @@ class WeightUpdates:
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, module: nn.Module):
         self.accelerator = accelerator
         self.max_grad_norm = args.max_grad_norm
-        self.models = {name: model for name, model in module.named_children() if isinstance(model, ModelMixin)}
+        self.models = {name: model for name, model in module.named_children() if isinstance(model, MODELS)}
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         if args.use_ema and self.is_sharded and not accelerator.is_fsdp2:
             raise ValueError("--use_ema with FSDP needs `fsdp_version: 2` in the configuration of accelerate.")
 
         optimizer = create_optimizer(args, module.parameters(), accelerator)
         # Not prepared: a prepared schedule advances once a process and would go by another clock than the data.
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
+        self.lr_scheduler = create_lr_scheduler(args, optimizer)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler)
         self.ema = None
@@ -76,7 +115,7 @@ class WeightUpdates:
         return figures
 
     @contextmanager
-    def for_inference(self) -> Iterator[dict[str, ModelMixin]]:
+    def for_inference(self) -> Iterator[dict[str, ModelMixin | PreTrainedModel]]:
         """
         The models as they would be saved now: with their averages, if there are any, and whole. Every process must
         enter this context; the models are given to the main process, the others get none.
@@ -89,14 +128,15 @@ class WeightUpdates:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def _gathered(self) -> dict[str, ModelMixin]:
+    def _gathered(self) -> dict[str, ModelMixin | PreTrainedModel]:
         """Unsharded copies, on the main process."""
         state_dict = self.accelerator.get_state_dict(self.module)
         if not self.accelerator.is_main_process:
             return {}
         copies = {}
         for name, model in self.models.items():
-            copies[name] = type(model).from_config(model.config)
+            make = type(model).from_config if isinstance(model, ModelMixin) else type(model)
+            copies[name] = make(model.config)
             prefix = f"{name}."
             weights = {key.removeprefix(prefix): w for key, w in state_dict.items() if key.startswith(prefix)}
             copies[name].load_state_dict(weights)

@@ -189,14 +189,20 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
                     f"A prompt of {len(whole_ids)} tokens was cut to {max_sequence_length}; what was lost: "
                     f"{self.tokenizer.decode(lost)!r}"
                 )
-        input_ids = tokens.input_ids.to(device)
+        return self._encode_tokens(tokens.input_ids, system_prompt, device)
+
+    def _encode_tokens(
+        self, input_ids: torch.LongTensor, system_prompt: str | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `_encode_text` gives, from the padded tokens `(batch_size, tokens)` of its prompts."""
+        input_ids = input_ids.to(device, non_blocking=True)
         attention_mask = (input_ids != self.tokenizer.pad_token_id).long()
 
         text_ids, key_mask, system_length = input_ids, attention_mask, 0
         if system_prompt:
-            system_ids = self.tokenizer(system_prompt, max_length=max_sequence_length, truncation=True).input_ids
+            system_ids = self.tokenizer(system_prompt, max_length=input_ids.shape[1], truncation=True).input_ids
             system_length = len(system_ids)
-            system_ids = torch.tensor([system_ids], device=device).expand(len(prompts), -1)
+            system_ids = torch.tensor([system_ids]).to(device, non_blocking=True).expand(len(input_ids), -1)
             text_ids = torch.cat([system_ids, input_ids], dim=1)
             key_mask = torch.cat([torch.ones_like(system_ids), attention_mask], dim=1)
 
