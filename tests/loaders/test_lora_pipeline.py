@@ -328,6 +328,26 @@ def test_hot_swapping(pipe, tmp_path):
     assert torch.equal(draw(pipe), expected)
 
 
+def test_compiled_models(pipe, tmp_path):
+    """Swapping compiles nothing anew where blocks are compiled in place; a wrapped model is refused."""
+    first = write_adapter(tmp_path / "first", rank=2, alpha=2)
+    second = write_adapter(tmp_path / "second", rank=4, alpha=8, seed=1)
+    pipe.load_lora_weights(second)
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+
+    pipe.enable_lora_hotswap(target_rank=4)
+    pipe.load_lora_weights(first, adapter_name="style")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert not torch.equal(draw(pipe), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+        torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-3)
+    pipe.transformer = torch.compile(pipe.transformer)
+    with pytest.raises(ValueError, match="transformer is wrapped by `torch.compile`.*compile_repeated_blocks"):
+        pipe.load_lora_weights(second)
+
+
 def test_low_precision(tmp_path):
     random_pipeline().save_pretrained(tmp_path / "model")
     pipe = HARTPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)

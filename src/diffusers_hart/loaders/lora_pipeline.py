@@ -126,7 +126,7 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             ValueError: If the adapter is one for another model (the first keys that do not fit are named), the name is
-                taken, or with `hotswap` unknown, or projections are fused.
+                taken, or with `hotswap` unknown, projections are fused, or a model is wrapped by `torch.compile`.
             OSError: If there is no such file or it is damaged.
         """
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
@@ -136,6 +136,7 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
         # Copies are aligned in memory, which views of a file are not; rounding would depend on the file's header.
         state_dict = {key: tensor.clone() for key, tensor in state_dict.items()}
         models = self._lora_models()
+        _check_not_wrapped(models)
         parts = split_components(state_dict, metadata, models)
         configs = {}
         for name, (tensors, settings) in list(parts.items()):
@@ -300,8 +301,7 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
                     _maybe_remove_and_reapply_group_offloading(component)
 
     def _lora_models(self) -> dict[str, nn.Module | None]:
-        models = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
-        return {name: getattr(model, "_orig_mod", model) for name, model in models.items()}  # if compiled as a whole
+        return {name: getattr(self, name, None) for name in self._lora_loadable_modules}
 
     def _check_known(self, adapter_names: list[str] | str | None) -> None:
         loaded = [adapter for adapters in self.get_list_adapters().values() for adapter in adapters]
@@ -333,6 +333,15 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
         elif having:
             raise ValueError(f"There is an adapter {adapter_name!r} already: choose another name or delete it first.")
         return adapter_name
+
+
+def _check_not_wrapped(models: dict[str, nn.Module | None]) -> None:
+    for name, model in models.items():
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(
+                f"The {name} is wrapped by `torch.compile`, where diffusers does not look for adapters: compile it in "
+                f"place, with `{name}.compile()` or, of diffusers' models, `{name}.compile_repeated_blocks()`."
+            )
 
 
 def _check_projections_apart(transformer: nn.Module) -> None:
