@@ -32,6 +32,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, caption_column: str | No
     if caption_column is not None:
         group.add_argument("--caption_column", default=caption_column)
     group.add_argument("--cache_dir")
+    add_picture_arguments(group)
+
+
+def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
+    """How pictures are read, wherever they come from."""
     group.add_argument("--resolution", type=positive_int, help="side of the training pictures in pixels")
     group.add_argument("--random_crop", action="store_true", help="crop at random instead of in the middle")
     group.add_argument("--random_flip", action="store_true")
@@ -96,7 +101,11 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--residual_mlp_config", help="JSON file of arguments of a new residual MLP")
     group.add_argument("--compile", action="store_true", help="compile the repeated blocks, with dynamic shapes, and the encoder")
     group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
+    add_loss_arguments(parser)
 
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """The losses and the validation of a transformer and its residual MLP."""
     group = parser.add_argument_group("loss")
     group.add_argument("--no_token_drop", action="store_true", help="go through all tokens of the last scale")
     group.add_argument("--residual_loss_weight", type=float, default=1.0)

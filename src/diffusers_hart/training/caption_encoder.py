@@ -16,14 +16,15 @@ class CaptionEncoder:
     Args:
         pipe ([`HARTPipeline`]): Its tokenizer, text encoder and system prompt are used.
         caption_length (`int`): Number of tokens captions are padded and cut to.
+        trained (`bool`, defaults to `False`): Whether the text encoder is trained, so that gradients must reach it.
     """
 
-    def __init__(self, pipe: HARTPipeline, caption_length: int):
+    def __init__(self, pipe: HARTPipeline, caption_length: int, trained: bool = False):
         self.pipe = pipe
         self.caption_length = caption_length
+        self.trained = trained
         self.has_warned = False
 
-    @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """
         Returns:
@@ -43,7 +44,8 @@ class CaptionEncoder:
                     f"Captions of more than {self.caption_length} tokens are cut; the first one seen has {max(lengths)}. "
                     "There is no warning of others."
                 )
-        embeds, mask = self.pipe._encode_tokens(
-            tokens.input_ids, self.pipe.config.system_prompt, self.pipe.text_encoder.device
-        )
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            embeds, mask = self.pipe._encode_tokens(
+                tokens.input_ids, self.pipe.config.system_prompt, self.pipe.text_encoder.device
+            )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}

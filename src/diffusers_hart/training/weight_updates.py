@@ -89,7 +89,7 @@ class WeightUpdates:
         self.ema = None
         if args.use_ema:
             foreach = not self.is_sharded  # sharded tensors have no copies of many at once
-            self.ema = CheckpointedEMA(self.module.parameters(), decay=args.ema_decay, foreach=foreach)
+            self.ema = CheckpointedEMA(self._trained(), decay=args.ema_decay, foreach=foreach)
             accelerator.register_for_checkpointing(self.ema)
 
     def update(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ class WeightUpdates:
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.step(self.module.parameters())
+            self.ema.step(self._trained())
         return figures
 
     @contextmanager
@@ -120,10 +120,13 @@ class WeightUpdates:
         The models as they would be saved now: with their averages, if there are any, and whole. Every process must
         enter this context; the models are given to the main process, the others get none.
         """
-        averaged = nullcontext() if self.ema is None else self.ema.applied_to(self.module.parameters())
+        averaged = nullcontext() if self.ema is None else self.ema.applied_to(self._trained())
         with averaged:
             models = self._gathered() if self.is_sharded else self.models
             yield models if self.accelerator.is_main_process else {}
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def _gathered(self) -> dict[str, ModelMixin | PreTrainedModel]:
         """Unsharded copies, on the main process."""

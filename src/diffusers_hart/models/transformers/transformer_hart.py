@@ -208,10 +208,15 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
     def fuse_projections(self):
         """
         Join the three projections into `to_qkv`. Unlike the inherited method it knows that keys have no bias, and what
-        is saved of a fused model stays the three.
+        is saved of a fused model stays the three. Raises `ValueError` if adapters are on them, which would be lost.
         """
         if self.fused_projections:
             return
+        if any(hasattr(projection, "base_layer") for projection in (self.to_q, self.to_k, self.to_v)):
+            raise ValueError(
+                "Projections with LoRA adapters cannot be joined: call `unload_lora_weights()` on the pipeline first, or "
+                "`fuse_lora()` and then `unload_lora_weights()` to keep what the adapters do."
+            )
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         bias = torch.cat([self.to_q.bias, torch.zeros_like(self.to_q.bias), self.to_v.bias])
         self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)

@@ -198,6 +198,8 @@ class HARTGenerationMixin:
         scale_input = None
         kv_cache = HARTKVCache()
         self._num_timesteps = len(scales)
+        # The scale of LoRA layers is that of all models and set around this loop.
+        attention_kwargs = {name: value for name, value in (self.attention_kwargs or {}).items() if name != "scale"}
 
         # Counted in tokens, which is what the time goes by: the last scale is about half of it.
         with self.progress_bar(total=sum(side * side for side in scales)) as progress_bar:
@@ -212,7 +214,7 @@ class HARTGenerationMixin:
                     **condition,
                     scale_index=k,
                     kv_cache=kv_cache,
-                    attention_kwargs=self.attention_kwargs,
+                    attention_kwargs=attention_kwargs,
                 )
                 guidance = self.scheduler.guidance(self.guidance_scale, k, len(scales))
                 logits = self._guide(output.logits, guidance, branches)

@@ -10,6 +10,8 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...loaders import HARTLoraLoaderMixin
+from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from .generation import HARTGenerationMixin, is_integer
@@ -31,7 +33,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
+class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Text-to-image generation with HART, the Hybrid Autoregressive Transformer
     ([paper](https://huggingface.co/papers/2410.10812)).
@@ -113,6 +115,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
         system_prompt: str | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         r"""
         Encode prompts into what the call accepts as embeddings.
@@ -131,6 +134,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
                 Number of tokens prompts are padded and cut to; by default the number the transformer was trained with.
             system_prompt (`str`, *optional*):
                 Text that goes before each prompt; `""` for none, by default the pipeline's own.
+            lora_scale (`float`, *optional*): Factor of the text encoder's LoRA layers.
 
         Returns:
             `tuple`: `prompt_embeds` of shape `(batch_size, tokens, caption_channels)`, float32, and
@@ -142,9 +146,10 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         system_prompt = self.config.system_prompt if system_prompt is None else system_prompt
 
         if prompt_embeds is None:
-            prompt_embeds, prompt_attention_mask = self._encode_text(
-                [prompt] if isinstance(prompt, str) else prompt, max_sequence_length, system_prompt, device
-            )
+            with scaled_lora([self.text_encoder], lora_scale):
+                prompt_embeds, prompt_attention_mask = self._encode_text(
+                    [prompt] if isinstance(prompt, str) else prompt, max_sequence_length, system_prompt, device
+                )
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             if negative_prompt is None:
                 negative_prompt_embeds = torch.zeros_like(prompt_embeds)
@@ -154,9 +159,10 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
                 negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
                 if len(negative_prompts) == 1:
                     negative_prompts = negative_prompts * len(prompt_embeds)
-                negative_prompt_embeds, negative_prompt_attention_mask = self._encode_text(
-                    negative_prompts, prompt_embeds.shape[1], system_prompt, device
-                )
+                with scaled_lora([self.text_encoder], lora_scale):
+                    negative_prompt_embeds, negative_prompt_attention_mask = self._encode_text(
+                        negative_prompts, prompt_embeds.shape[1], system_prompt, device
+                    )
 
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         prompt_attention_mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
@@ -363,7 +369,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` or `"pt"` (both in [0, 1]), or `"latent"`, the latent before decoding.
             return_dict (`bool`, defaults to `True`): Whether to return a [`HARTPipelineOutput`] or a tuple.
-            attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers.
+            attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers of all models.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each scale as `callback(pipe, scale_index, side, tensors)`; the `latents` it returns are
                 what the next scale and the decoder see. It may return nothing.
@@ -444,6 +450,7 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
             system_prompt=system_prompt,
+            lora_scale=self.lora_scale,
         )
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([prompt_embeds, negative_prompt_embeds])
@@ -454,19 +461,20 @@ class HARTPipeline(DiffusionPipeline, HARTGenerationMixin):
         }
 
         # 4. The scales, and the picture
-        latents = self._generate_latents(
-            condition,
-            scales,
-            top_k,
-            top_p,
-            smooth,
-            generator,
-            residual_noise,
-            num_inference_steps,
-            residual_temperature,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        with scaled_lora(self._lora_models().values(), self.lora_scale):
+            latents = self._generate_latents(
+                condition,
+                scales,
+                top_k,
+                top_p,
+                smooth,
+                generator,
+                residual_noise,
+                num_inference_steps,
+                residual_temperature,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
         nsfw_content_detected = None
         if output_type == "latent":
             images = latents

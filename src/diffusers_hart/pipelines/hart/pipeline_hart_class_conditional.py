@@ -7,13 +7,15 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import SchedulerMixin
 
+from ...loaders import HARTLoraLoaderMixin
+from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
-class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
+class HARTClassConditionalPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Class-conditional generation with HART ([paper](https://huggingface.co/papers/2410.10812), section 4.2).
 
@@ -29,6 +31,7 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
     model_cpu_offload_seq = "transformer->residual_mlp->vae"
     _optional_components = ["residual_mlp", "residual_scheduler"]
     _is_class_conditional = True
+    _lora_loadable_modules = ["transformer", "residual_mlp"]
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
             residual_temperature (`float`, defaults to `1.0`): Factor of the noise that the residual diffusion adds.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, *optional*):
                 First noise of the residual diffusion.
-            attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers.
+            attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers of all models.
             callback_on_step_end (`Callable`, *optional*): Called after each scale.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors the callback gets.
 
@@ -161,19 +164,20 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTGenerationMixin):
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, num_classes)])
 
         # 4. The scales, and the picture
-        latents = self._generate_latents(
-            {"class_labels": class_labels},
-            scales,
-            top_k,
-            top_p,
-            smooth,
-            generator,
-            residual_noise,
-            num_inference_steps,
-            residual_temperature,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        with scaled_lora(self._lora_models().values(), self.lora_scale):
+            latents = self._generate_latents(
+                {"class_labels": class_labels},
+                scales,
+                top_k,
+                top_p,
+                smooth,
+                generator,
+                residual_noise,
+                num_inference_steps,
+                residual_temperature,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
         if output_type == "latent":
             images = latents
         else:

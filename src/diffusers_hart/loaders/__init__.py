@@ -1,0 +1,4 @@
+from .lora_pipeline import HARTLoraLoaderMixin
+
+
+__all__ = ["HARTLoraLoaderMixin"]
