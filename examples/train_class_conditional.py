@@ -131,14 +131,15 @@ def main(argv: list[str] | None = None) -> Path:
     weights = WeightUpdates(args, accelerator, module)
 
     def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
-        figures = []
+        def losses(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            class_labels = batch["label"].to(accelerator.device, non_blocking=True)
+            return weights.module(
+                batch_targets(batch, vae, scales), step, batch["position"], class_labels=class_labels
+            )
+
         for batch in micro_batches:
-            targets = batch_targets(batch, vae, scales)
-            class_labels = torch.tensor(batch["label"]).to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(weights.module):
-                losses = weights.module(targets, step, batch["position"], class_labels=class_labels)
-                figures.append(losses | weights.update(losses["loss"]))
-        return mean_figures(figures)
+            batch |= {name: torch.tensor(batch[name]) for name in ("label", "position")}
+        return mean_figures([weights.step(losses, batch, module.num_kept_tokens(step)) for batch in micro_batches])
 
     # 4. Validation, with the averaged weights if there are any
     conditions = [{"class_labels": [label] * args.num_validation_images} for label in args.validation_label]

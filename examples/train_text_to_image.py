@@ -107,12 +107,11 @@ def main(argv: list[str] | None = None) -> Path:
     with accelerator.main_process_first():
         columns = (args.caption_column, ("prompt_embeds", "caption"))
         source = open_training_data(args, vae, scales, *columns, config.caption_channels)
-    prepare = training_preparer(args, source, vae, scales, args.caption_column)
-
-    encode_captions = CaptionEncoder(pipe, config.caption_length)
+    captions = CaptionEncoder(pipe, config.caption_length)
+    prepare = captions.tokenized(training_preparer(args, source, vae, scales, args.caption_column))
 
     def encode_text(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        text = batch if "prompt_embeds" in batch else encode_captions(batch["caption"])
+        text = batch if "prompt_embeds" in batch else captions.encode(batch["input_ids"])
         names = ("prompt_embeds", "prompt_attention_mask")
         return {name: text[name].to(accelerator.device, non_blocking=True) for name in names}
 
@@ -120,17 +119,17 @@ def main(argv: list[str] | None = None) -> Path:
     weights = WeightUpdates(args, accelerator, module)
 
     def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
-        figures = []
-        for batch in micro_batches:
+        def losses(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
             targets = batch_targets(batch, vae, scales)
-            text = encode_text(batch)
-            with accelerator.accumulate(weights.module):
-                losses = weights.module(targets, step, batch["position"], **text)
-                figures.append(losses | weights.update(losses["loss"]))
-        return mean_figures(figures)
+            return weights.module(targets, step, batch["position"], **encode_text(batch))
+
+        for batch in micro_batches:
+            captions.warn_of_cut(batch.get("caption_tokens", ()))
+            batch["position"] = torch.tensor(batch["position"])
+        return mean_figures([weights.step(losses, batch, module.num_kept_tokens(step)) for batch in micro_batches])
 
     # 4. Validation, with the averaged weights if there are any
-    prompts = [encode_text({"caption": [prompt]}) for prompt in args.validation_prompt]
+    prompts = [captions([prompt]) for prompt in args.validation_prompt]
     conditions = [prompt | {"num_images_per_prompt": args.num_validation_images} for prompt in prompts]
     if args.precomputed_data_dir is not None and "prompt_embeds" in source.column_names:
         text_encoder.to("cpu")

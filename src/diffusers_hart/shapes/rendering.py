@@ -12,7 +12,7 @@ from .vocabulary import VOCABULARY, Vocabulary
 # Columns of an encoded object; an absent one has a `shape` of -1.
 OBJECT_FIELDS = (
     *("shape", "color", "surface", "size", "x", "y", "radius", "turn", "red", "green", "blue"),
-    *("period", "pattern_turn", "phase_u", "phase_v"),
+    *("period", "pattern_turn"),
 )
 BACKGROUND_FIELDS = ("first", "second", "gradient_turn")  # two equal indices make a plain one
 FIELD = {name: i for i, name in enumerate(OBJECT_FIELDS)}
@@ -32,9 +32,9 @@ def encode_scene(scene: Scene, vocabulary: Vocabulary = VOCABULARY) -> torch.Ten
         values += [shapes.index(found.shape), colors.index(found.color), surfaces.index(found.surface)]
         values += [sizes.index(found.size), found.x, found.y, found.radius, found.turn]
         values += [base + tint for base, tint in zip(vocabulary.colors[found.color], found.tint)]
-        values += [found.period, found.pattern_turn, found.phase_u, found.phase_v]
+        values += [found.period, found.pattern_turn]
     for _ in range(MAX_OBJECTS - len(scene.objects)):
-        values += [-1.0] + [0.0] * 5 + [1.0] + [0.0] * 4 + [6.0] + [0.0] * 3
+        values += [-1.0] + [0.0] * 5 + [1.0] + [0.0] * 4 + [8.0, 0.0]
     values += [backgrounds.index(scene.background[0]), backgrounds.index(scene.background[-1]), scene.gradient_turn]
     return torch.tensor(values, dtype=torch.float32)
 
@@ -82,7 +82,6 @@ def render_scenes(scenes: torch.Tensor, vocabulary: Vocabulary = VOCABULARY) -> 
         coverage = (0.5 - distance * field["radius"]).clamp(0, 1).masked_fill(outside | (field["shape"] < 0), 0)
 
         u, v = _rotate(dx, dy, field["pattern_turn"])
-        u, v = u + field["phase_u"], v + field["phase_v"]
         tones = [surface.tone(u, v, field["period"]) for surface in vocabulary.surfaces.values()]
         tone = sum(tone * (field["surface"] == index) for index, tone in enumerate(tones))[:, None]
         base = torch.stack([field["red"], field["green"], field["blue"]], dim=1)

@@ -24,7 +24,7 @@ class SceneObject:
         x, y, radius (`float`): Centre and radius; y grows downwards.
         turn (`float`): Rotation in radians, small.
         tint (`tuple[float, float, float]`): What is added to the colour, from 0 to 255.
-        period, pattern_turn, phase_u, phase_v (`float`): The pattern's period, its rotation and its shift.
+        period, pattern_turn (`float`): The pattern's period in pixels and its rotation; it starts in the centre.
     """
 
     shape: str
@@ -36,10 +36,8 @@ class SceneObject:
     radius: float
     turn: float = 0.0
     tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    period: float = 6.0
+    period: float = 8.0
     pattern_turn: float = 0.0
-    phase_u: float = 0.0
-    phase_v: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,10 @@ def _sample_object(rng: Random, held_out: bool, container: bool, contained: bool
         "surface": surface,
         "size": size,
         "radius": rng.uniform(*(CONTAINER_RADII if container else vocabulary.sizes[size])),
-        "turn": rng.uniform(-0.12, 0.12),
-        "tint": tuple(rng.uniform(-10, 10) for _ in range(3)),
-        "period": rng.uniform(7.5, 9.5),
-        "pattern_turn": rng.uniform(0, math.pi),
-        "phase_u": rng.uniform(0, 8),
-        "phase_v": rng.uniform(0, 8),
+        "turn": rng.uniform(-0.06, 0.06),
+        "tint": tuple(rng.uniform(-6, 6) for _ in range(3)),
+        "period": rng.uniform(8, 9),
+        "pattern_turn": rng.randrange(4) * math.pi / 4,
     }
 
 

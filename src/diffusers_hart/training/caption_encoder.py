@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from diffusers.utils import logging
 
@@ -25,27 +28,57 @@ class CaptionEncoder:
         self.trained = trained
         self.has_warned = False
 
-    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """
-        Returns:
-            `dict[str, torch.Tensor]`: `prompt_embeds` `(batch_size, caption_length, caption_channels)`, float32, and
-            `prompt_attention_mask` `(batch_size, caption_length)`, int64, on the text encoder's device.
-        """
+    def tokenize(self, captions: list[str]) -> tuple[torch.LongTensor, list[int]]:
+        """Padded and cut tokens `(batch_size, caption_length)`, on the CPU, and how many tokens each caption has."""
         tokenizer = self.pipe.tokenizer
         tokens = tokenizer(
             captions, padding="max_length", max_length=self.caption_length, truncation=True, return_tensors="pt"
         )
-        if not self.has_warned:
-            full = [caption for caption, mask in zip(captions, tokens.attention_mask) if mask.all()]
-            lengths = [len(ids) for ids in tokenizer(full).input_ids] if full else []
-            if max(lengths, default=0) > self.caption_length:
-                self.has_warned = True
-                logger.warning(
-                    f"Captions of more than {self.caption_length} tokens are cut; the first one seen has {max(lengths)}. "
-                    "There is no warning of others."
-                )
+        lengths = tokens.attention_mask.sum(1).tolist()
+        for i, length in enumerate(lengths):
+            if length == self.caption_length:  # perhaps cut
+                lengths[i] = len(tokenizer(captions[i]).input_ids)
+        return tokens.input_ids, lengths
+
+    def tokenized(
+        self, prepare: Callable[[Any, torch.Generator], dict[str, Any]]
+    ) -> Callable[[Any, torch.Generator], dict[str, Any]]:
+        """A preparation of examples that leaves their tokens to the data loader's workers as well."""
+
+        def prepare_and_tokenize(item: Any, generator: torch.Generator) -> dict[str, Any]:
+            example = prepare(item, generator)
+            if "prompt_embeds" in example or "caption" not in example:
+                return example
+            input_ids, lengths = self.tokenize([example["caption"]])
+            return {**example, "input_ids": input_ids[0], "caption_tokens": lengths[0]}
+
+        return prepare_and_tokenize
+
+    def warn_of_cut(self, lengths: Sequence[int]) -> None:
+        """Warn, the first time, if one of `lengths` is more than captions are cut to."""
+        if not self.has_warned and max(lengths, default=0) > self.caption_length:
+            self.has_warned = True
+            logger.warning(
+                f"Captions of more than {self.caption_length} tokens are cut; the first one seen has {max(lengths)}. "
+                "There is no warning of others."
+            )
+
+    def encode(self, input_ids: torch.LongTensor) -> dict[str, torch.Tensor]:
+        """
+        Embeddings of tokens `(batch_size, caption_length)`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `prompt_embeds` `(batch_size, caption_length, caption_channels)`, float32, and
+            `prompt_attention_mask` `(batch_size, caption_length)`, int64, on the text encoder's device.
+        """
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             embeds, mask = self.pipe._encode_tokens(
-                tokens.input_ids, self.pipe.config.system_prompt, self.pipe.text_encoder.device
+                input_ids, self.pipe.config.system_prompt, self.pipe.text_encoder.device
             )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of captions, as of [`~CaptionEncoder.encode`]."""
+        input_ids, lengths = self.tokenize(captions)
+        self.warn_of_cut(lengths)
+        return self.encode(input_ids)

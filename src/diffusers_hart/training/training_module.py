@@ -10,7 +10,7 @@ from ..schedulers import HARTResidualScheduler, HARTScheduler
 from .random_draws import draw_integers, draw_normal, draw_uniform
 from .residual_loss import residual_diffusion_loss
 from .teacher_forcing import TeacherForcingTargets
-from .token_drop import drop_fraction, kept_tokens
+from .token_drop import drop_fraction, kept_tokens, num_kept_tokens
 
 
 class HARTTrainingModule(nn.Module):
@@ -129,6 +129,11 @@ class HARTTrainingModule(nn.Module):
             "residual_variational": residual_variational.detach(),
             "code_accuracy": (logits.argmax(-1) == codes).float().mean(),
         }
+
+    def num_kept_tokens(self, step: int) -> int:
+        """How many tokens of the last scale a step goes through."""
+        num_last = self.scales[-1] ** 2
+        return num_kept_tokens(num_last, drop_fraction(self.seed, step)) if self.token_drop else num_last
 
     def drop_condition(
         self,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_wsd_schedule
 
 from .ema import CheckpointedEMA
+from .gradient_graphs import GradientGraphs
 from .train_loop import create_optimizer
 
 
@@ -85,12 +87,36 @@ class WeightUpdates:
         # Not prepared: a prepared schedule advances once a process and would go by another clock than the data.
         self.lr_scheduler = create_lr_scheduler(args, optimizer)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.graphs = GradientGraphs(accelerator, self.module) if getattr(args, "cuda_graphs", False) else None
         accelerator.register_for_checkpointing(self.lr_scheduler)
         self.ema = None
         if args.use_ema:
             foreach = not self.is_sharded  # sharded tensors have no copies of many at once
             self.ema = CheckpointedEMA(self._trained(), decay=args.ema_decay, foreach=foreach)
             accelerator.register_for_checkpointing(self.ema)
+
+    def step(
+        self,
+        compute: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
+        batch: dict[str, Any],
+        kind: Hashable = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        One micro-batch: its losses, their gradient and, at the last one of a step, the update of the weights.
+
+        Args:
+            compute (`Callable`): Makes losses of shape `()`, `loss` among them, of a batch.
+            batch (`dict[str, Any]`): The micro-batch.
+            kind (`Hashable`, *optional*): With `--cuda_graphs`, batches of one kind are computed in the same way.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The losses and, after an update, its figures.
+        """
+        if self.graphs is not None:
+            return self.graphs(compute, batch, kind) | self._apply()
+        with self.accelerator.accumulate(self.module):
+            losses = compute(batch)
+            return losses | self.update(losses["loss"])
 
     def update(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -101,15 +127,19 @@ class WeightUpdates:
             `dict[str, torch.Tensor]`: Figures to log after an update, otherwise none.
         """
         self.accelerator.backward(loss)
-        if not self.accelerator.sync_gradients:
-            return {}
-        figures = {"learning_rate": torch.full((), self.lr_scheduler.get_last_lr()[0], device=loss.device)}
+        return self._apply() if self.accelerator.sync_gradients else {}
+
+    def _apply(self) -> dict[str, torch.Tensor]:
+        """Update the weights by their gradients."""
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        figures = {"learning_rate": torch.full((), learning_rate, device=self.accelerator.device)}
         grad_norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         if self.accelerator.scaler is None:  # with fp16 a norm that is not finite is a step that the scaler leaves out
             figures["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         self.optimizer.step()
         self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        if self.graphs is None:
+            self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(self._trained())
         return figures
