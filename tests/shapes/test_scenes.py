@@ -92,3 +92,10 @@ def test_an_extended_vocabulary_draws_its_new_words():
     drawn = [found for _ in range(400) for found in sample_scene(rng, vocabulary=extended)[0].objects]
     assert "blicket" in {found.shape for found in drawn} and "wavy" in {found.surface for found in drawn}
     assert "blicket" not in VOCABULARY.shapes
+
+
+def test_many_objects_too_many_are_judged_quickly_and_rightly():
+    crowd = tuple(thing("square", "green", x=float(x)) for x in range(60))
+    scene = Scene((*crowd, *SCENE.objects), ("white",))
+    statement = Statement((StatedObject("circle", "red"), StatedObject("star", "blue")), "left of")
+    assert statement.explain(scene) == {"count": False, "shape": True, "color": True, "relation": True}

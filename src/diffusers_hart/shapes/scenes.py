@@ -81,6 +81,10 @@ class StatedObject(NamedTuple):
     surface: str | None = None
     size: str | None = None
 
+    def likeness(self, found: SceneObject) -> int:
+        """How many of the stated attributes an object has."""
+        return sum(stated == getattr(found, name) for name, stated in self._asdict().items())
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -102,7 +106,9 @@ class Statement:
         Which of the stated attributes are right, `count` (the number of objects) among them. Objects are matched so
         that as many as possible are; an attribute is right if it is for every object that has it stated.
         """
-        verdicts = [self._judge(scene, chosen) for chosen in itertools.permutations(scene.objects, len(self.objects))]
+        # A bad picture may show many objects: only those that are most like what is stated are tried in all orders.
+        likest = sorted(scene.objects, key=lambda found: -max(stated.likeness(found) for stated in self.objects))
+        verdicts = [self._judge(scene, chosen) for chosen in itertools.permutations(likest[:6], len(self.objects))]
         if not verdicts:  # fewer objects than stated
             verdicts = [self._judge(scene, scene.objects)]
         return max(verdicts, key=lambda verdict: sum(verdict.values()))
