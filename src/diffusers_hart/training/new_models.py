@@ -84,15 +84,15 @@ def new_residual_mlp(config: dict[str, Any], seed: int) -> ResidualDiffusionMLP:
 
 def new_scheduler(vae: HybridTokenizer, config_path: str | None = None) -> HARTScheduler:
     """
-    A scheduler with the arguments of a JSON file and, unless that says otherwise, the published schedules of scales and,
-    where none of them is of its size, the tokenizer's own.
+    A scheduler with the arguments of a JSON file and, unless that says otherwise, the schedule of scales that the
+    tokenizer was trained with and the published ones of other sizes.
     """
     config = read_config(config_path, HARTScheduler)
     if "schedules" not in config:
-        schedules = HARTScheduler().config.schedules
-        if vae.config.scales[-1] not in [schedule[-1] for schedule in schedules]:
-            schedules = (*schedules, tuple(vae.config.scales))
-        config["schedules"] = schedules
+        own = tuple(vae.config.scales)
+        published = HARTScheduler().config.schedules
+        others = [tuple(schedule) for schedule in published if schedule[-1] != own[-1]]
+        config["schedules"] = tuple(sorted([*others, own], key=lambda schedule: schedule[-1]))
     return HARTScheduler(**config)
 
 
