@@ -247,17 +247,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # 2. Whole batches are split: what is drawn together does not depend on the number of processes
     batches = [missing[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
-    pipe, failure = attempt(lambda: load_pipeline(args, state.device), state, lambda: "loading the pipeline")
     with state.split_between_processes(list(range(len(batches)))) as share:
         own = [batches[number] for number in share]
-    if failure is None and own:
+    pipe = failure = None
+    if own:
+        pipe, failure = attempt(lambda: load_pipeline(args, state.device), state, lambda: "loading the pipeline")
+    if pipe is not None:
         for _ in range(args.warmup_batches):
             draw(pipe, own[0], args)
     state.wait_for_everyone()
 
     # 3. Every process draws its share; one that fails leaves the others to theirs
     start = time.perf_counter()
-    if failure is None:
+    if pipe is not None:
         _, failure = attempt(
             lambda: draw_share(pipe, own, args, state.is_main_process, notes),
             state,
