@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_hart import HybridTokenizer
-from diffusers_hart.evaluation.examples import ExampleGroup, pictures_group, read_prompts, shapes_group
+from diffusers_hart.evaluation.examples import ExampleGroup, pictures_group, shapes_group
 from diffusers_hart.evaluation.generation import measure_generation
 from diffusers_hart.evaluation.instruments import CHECKER_SIDE, load_instruments
 from diffusers_hart.evaluation.picture_grid import captioned_grid, labelled_rows, stacked
@@ -19,6 +19,7 @@ from diffusers_hart.evaluation.report import markdown_report, versions_and_hardw
 from diffusers_hart.evaluation.tokenizer_swap import swap_tokenizer
 from diffusers_hart.evaluation.variations import SETTINGS, boolean, parse_variations
 from diffusers_hart.pipelines.hart.generation import HARTGenerationMixin
+from diffusers_hart.prompt_files import read_prompts
 from diffusers_hart.shapes import ShapesDataset, load_shapes_checker, shapes_model_path
 from diffusers_hart.training.arguments import positive_int
 from diffusers_hart.training.data_sources import image_preparer, load_image_source

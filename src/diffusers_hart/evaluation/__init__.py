@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a HART pipeline is: reconstruction, generation and prompt following, with margins. Needs torchmetrics."""
 
+from ..prompt_files import read_prompts
 from .codebook_statistics import CodebookStatistics
 from .confidence import estimated_mean, estimated_share, paired_difference, wilson_interval
-from .examples import ExampleGroup, pictures_group, read_prompts, shapes_group
+from .examples import ExampleGroup, pictures_group, shapes_group
 from .feature_distances import bootstrap_margins, feature_distances, frechet_distance, kernel_distance
 from .generation import generate, measure_generation, prepare_condition
 from .instruments import Instruments, PictureMeasurements, load_instruments

@@ -2,10 +2,8 @@
 """What a pipeline is evaluated on: prompts, pictures, and statements that a checker can hold pictures to."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,27 +87,6 @@ def shapes_group(name: str, dataset: Any, num_images: int, side: int) -> Example
         references=range(num_images, 2 * num_images),
         are_of_prompts=True,
     )
-
-
-def read_prompts(path: str | Path, column: str = "text") -> list[str]:
-    r"""
-    Prompts from a file: one a line, or of a `.jsonl` file the texts in a column; empty lines do not count.
-
-    Raises:
-        ValueError: If there are none, or a line of JSON has no text in that column.
-    """
-    path = Path(path)
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        prompts = [json.loads(line).get(column) for line in lines]
-        for number, prompt in enumerate(prompts, 1):
-            if not isinstance(prompt, str):
-                raise ValueError(f"{path}: example {number} has no text in {column!r}, but {prompt!r}.")
-    else:
-        prompts = lines
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts: one a line is expected.")
-    return prompts
 
 
 def pictures_group(

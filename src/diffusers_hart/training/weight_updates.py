@@ -86,6 +86,9 @@ class WeightUpdates:
         optimizer = create_optimizer(args, module.parameters(), accelerator)
         # Not prepared: a prepared schedule advances once a process and would go by another clock than the data.
         self.lr_scheduler = create_lr_scheduler(args, optimizer)
+        if accelerator.is_fsdp2:  # would cast parameters instead, also those of layers that must stay precise
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            module.forward = accelerator.autocast()(module.forward)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.graphs = GradientGraphs(accelerator, self.module) if getattr(args, "cuda_graphs", False) else None
         accelerator.register_for_checkpointing(self.lr_scheduler)
