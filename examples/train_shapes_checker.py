@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", help="checker to start from, instead of a new one")
     parser.add_argument(
         "--train_iterable",
-        default="diffusers_hart.shapes:ShapesDataset",
+        default="diffusers_hart.shapes.dataset:every_combination",
         help="file.py:name or module:name of a ShapesDataset; one of an extended vocabulary extends the checker",
     )
     parser.add_argument("--train_heads_only", action="store_true", help="keep the features as they are")
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> Path:
                 figures.append(losses | weights.update(losses["loss"]))
         return mean_figures(figures)
 
-    # 3. How many pictures of captions that were never trained on are read right
-    test = ShapesDataset(args.seed, "test", vocabulary=dataset.vocabulary)
+    # 3. How many other pictures are read right
+    test = ShapesDataset(args.seed + 1, "any", vocabulary=dataset.vocabulary)
 
     def validate(step: int) -> None:
         with weights.for_inference() as models:

@@ -44,7 +44,7 @@ class NewThings(ShapesDataset):
             attempt += 1
 
 
-dataset = ShapesDataset(vocabulary=NEW_WORDS)  # for the checker to learn the new words from
+dataset = ShapesDataset(split="any", vocabulary=NEW_WORDS)  # for the checker to learn the new words from
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -37,6 +37,11 @@ def test_held_out_combinations_are_never_trained_and_always_in_their_split():
     assert all(len(held_out_objects(ShapesDataset(split="held_out").scene(i))) == 1 for i in range(500))
 
 
+def test_any_combination_comes_where_nothing_is_held_out():
+    share = sum(bool(held_out_objects(ShapesDataset(split="any").scene(i))) for i in range(1000)) / 1000
+    assert 0.1 < share < 0.5
+
+
 def test_every_shape_color_and_surface_is_trained():
     objects = [found for i in range(6000) for found in ShapesDataset().scene(i).objects]
     for attribute, names in (
@@ -84,7 +89,7 @@ def test_batches_are_finished_on_a_device():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "validation"}, "`split` must be one of train, test, held_out, not 'validation'"),
+        ({"split": "validation"}, "`split` must be one of train, test, held_out, any, not 'validation'"),
         ({"num_objects": 4}, "`num_objects` must be 1, 2, 3 or None"),
     ],
 )

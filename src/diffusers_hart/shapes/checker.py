@@ -13,6 +13,7 @@ from .vocabulary import VOCABULARY, Vocabulary
 
 
 STRIDE = 8
+PRESENT = -1.5  # logit of a cell that holds a centre; low, since a centre on an edge is half in either cell
 LAYERS = ("outer", "plain")  # objects with another one inside, and all others: their centres may be in one cell
 
 
@@ -121,7 +122,7 @@ class ShapesChecker(ModelMixin, ConfigMixin):
             )
         output = {name: value.float() for name, value in self(images.to(self.device, self.dtype)).items()}
         presence = output["presence"].squeeze(2)
-        peaks = (presence > 0) & (presence == F.max_pool2d(presence, 3, stride=1, padding=1))
+        peaks = (presence > PRESENT) & (presence == F.max_pool2d(presence, 3, stride=1, padding=1))
         places = output["place"].cpu()
         names = {"shape": self.config.shapes, "color": self.config.colors}
         names |= {"surface": self.config.surfaces, "size": self.config.sizes}

@@ -12,7 +12,7 @@ from .scenes import Scene, Statement, sample_scene
 from .vocabulary import VOCABULARY, Vocabulary
 
 
-SPLITS = ("train", "test", "held_out")
+SPLITS = {"train": False, "test": False, "held_out": True, "any": None}  # and whether combinations are held out
 RESERVED_CAPTIONS = 16  # one caption in so many is kept for the splits that are not trained on
 
 
@@ -25,8 +25,9 @@ class ShapesDataset:
     Args:
         seed (`int`, defaults to `0`): Seed of the pictures.
         split (`str`, defaults to `"train"`):
-            `"train"`; `"test"`, pictures of the same kind whose captions never occur in training; or `"held_out"`,
-            where, besides, one object has a combination of attributes that training never sees.
+            `"train"`; `"test"`, pictures of the same kind whose captions never occur in training; `"held_out"`, where,
+            besides, one object has a combination of attributes that training never sees; or `"any"`, pictures of all
+            combinations, which the checker learns from.
         num_objects (`int`, *optional*): 1, 2 or 3 for pictures of so many objects alone.
         vocabulary ([`Vocabulary`]): What is drawn and how it is called.
 
@@ -72,8 +73,13 @@ class ShapesDataset:
     def _sample(self, index: int) -> tuple[Scene, str, Statement]:
         rng = Random(f"{self.seed}/{self.split}/{self.num_objects}/{index}")
         while True:
-            scene, relation = sample_scene(rng, self.num_objects, self.split == "held_out", self.vocabulary)
+            scene, relation = sample_scene(rng, self.num_objects, SPLITS[self.split], self.vocabulary)
             caption, statement = caption_scene(rng, scene, relation, self.vocabulary)
             reserved = zlib.crc32(caption.lower().rstrip(".").encode()) % RESERVED_CAPTIONS == 0
-            if reserved == (self.split != "train"):
+            if reserved == (self.split in ("test", "held_out")):
                 return scene, caption, statement
+
+
+def every_combination() -> ShapesDataset:
+    """What the checker is trained on, also combinations that are held out from those who draw."""
+    return ShapesDataset(split="any")

@@ -134,7 +134,7 @@ class Statement:
 def sample_scene(
     rng: Random,
     num_objects: int | None = None,
-    held_out: bool = False,
+    held_out: bool | None = False,
     vocabulary: Vocabulary = VOCABULARY,
 ) -> tuple[Scene, str | None]:
     """
@@ -143,8 +143,9 @@ def sample_scene(
     Args:
         rng (`random.Random`): Source of all that is random.
         num_objects (`int`, *optional*): 1 to 3; by default one in half of all scenes, two in 30 and three in 20 %.
-        held_out (`bool`, defaults to `False`):
-            Whether one object has a combination of attributes that training never sees. Otherwise none has.
+        held_out (`bool`, *optional*, defaults to `False`):
+            Whether one object has a combination of attributes that training never sees; `False` for none, `None` for
+            whatever comes.
         vocabulary ([`Vocabulary`]): What to draw from.
     """
     if num_objects is None:
@@ -156,7 +157,8 @@ def sample_scene(
         for i in range(num_objects):
             container = (relation, i) in (("around", 0), ("inside", 1))
             contained = (relation, i) in (("inside", 0), ("around", 1))
-            objects.append(_sample_object(rng, i == special, container, contained, vocabulary))
+            unseen = None if held_out is None else i == special
+            objects.append(_sample_object(rng, unseen, container, contained, vocabulary))
         if len({(o["shape"], o["color"]) for o in objects}) < num_objects:
             continue
         if relation in ("inside", "around") and objects[0]["color"] == objects[1]["color"]:
@@ -170,7 +172,9 @@ def sample_scene(
     return Scene(placed, background, rng.uniform(0, math.tau)), relation
 
 
-def _sample_object(rng: Random, held_out: bool, container: bool, contained: bool, vocabulary: Vocabulary) -> dict:
+def _sample_object(
+    rng: Random, held_out: bool | None, container: bool, contained: bool, vocabulary: Vocabulary
+) -> dict:
     while True:
         glyphs = not container and rng.random() < 0.3
         names = [n for n, s in vocabulary.shapes.items() if s.is_glyph == glyphs and (s.inner_radius or not container)]
@@ -178,7 +182,7 @@ def _sample_object(rng: Random, held_out: bool, container: bool, contained: bool
         surface = "plain"
         if not glyphs and rng.random() < 0.6:
             surface = rng.choice([name for name in vocabulary.surfaces if name != "plain"])
-        if vocabulary.is_held_out(shape, color, surface) == held_out:
+        if held_out is None or vocabulary.is_held_out(shape, color, surface) == held_out:
             break
     sizes = [name for name in vocabulary.sizes if not (glyphs and name == "small")]
     if contained:
