@@ -20,11 +20,12 @@ def describe_pipeline(model: str) -> dict[str, Any]:
         ValueError: If it is no HART pipeline, or not a whole one.
     """
     from . import HARTClassConditionalPipeline, HARTPipeline
+    from .pipelines.self_contained import installed_index
 
     folder, sizes, read_header = _open_model(model)
     if "model_index.json" not in sizes:
         raise ValueError(f"{model} has no model_index.json, so it is no pipeline in the layout of diffusers.")
-    index = json.loads((folder / "model_index.json").read_text())
+    index = installed_index(json.loads((folder / "model_index.json").read_text()))
     pipelines = {pipeline.__name__: pipeline for pipeline in (HARTPipeline, HARTClassConditionalPipeline)}
     if index.get("_class_name") not in pipelines:
         raise ValueError(f"{model} is a {index.get('_class_name')}, not one of {', '.join(pipelines)}.")

@@ -14,6 +14,7 @@ from ...loaders import HARTLoraLoaderMixin
 from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
+from ..hub import HARTHubMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
@@ -33,7 +34,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Text-to-image generation with HART, the Hybrid Autoregressive Transformer
     ([paper](https://huggingface.co/papers/2410.10812)).
