@@ -42,7 +42,7 @@ def describe_pipeline(model: str) -> dict[str, Any]:
             }
     if missing := {"transformer", "vae", "scheduler"} - components.keys():
         raise ValueError(f"{model} is incomplete, its model_index.json has no {' and no '.join(sorted(missing))}.")
-    pipe = _without_weights(pipelines[index["_class_name"]], folder, components)
+    pipe = pipeline_without_weights(folder, {"pipeline": index["_class_name"], "components": components})
     defaults = {
         "guidance_scale": pipe.scheduler.config.guidance_scale,
         "num_inference_steps": pipe.default_num_inference_steps,
@@ -107,13 +107,14 @@ def _weights(files: dict[str, int], read_header: Any) -> list[dict[str, Any]]:
     return list(variants.values())
 
 
-def _without_weights(pipeline_class: type, folder: Path, components: dict[str, dict[str, Any]]) -> Any:
+def pipeline_without_weights(folder: Path, description: dict[str, Any]) -> Any:
     """A pipeline as its configs have it: models without memory, and nothing of other libraries."""
     import diffusers
     import torch
 
     import diffusers_hart
 
+    components = description["components"]
     libraries = {"diffusers": diffusers, "diffusers_hart": diffusers_hart}
     parts = dict.fromkeys(components)
     for name, component in components.items():
@@ -125,4 +126,4 @@ def _without_weights(pipeline_class: type, folder: Path, components: dict[str, d
         config = component_class.load_config(str(folder), subfolder=name)
         with torch.device("meta" if issubclass(component_class, torch.nn.Module) else "cpu"):
             parts[name] = component_class.from_config(config)
-    return pipeline_class(**parts)
+    return getattr(diffusers_hart, description["pipeline"])(**parts)
