@@ -70,7 +70,8 @@ class HARTHubMixin:
                 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it without this package, and
                 the pipelines of this package load it as any other. A pipeline that was itself loaded from such code is
                 always saved so.
-            kwargs: Of diffusers, or with `push_to_hub` the arguments of [`~HARTHubMixin.push_to_hub`].
+            kwargs (`dict`):
+                Other arguments of diffusers and, with `push_to_hub`, those of [`~HARTHubMixin.push_to_hub`].
 
         Raises:
             ValueError: If the code of a component cannot be written; nothing has been written then.
