@@ -323,6 +323,15 @@ def test_in_a_pipe_it_says_what_matters_and_nothing_else(saved):
     assert (run.returncode, run.stdout, run.stderr) == (0, "hart.png\n", "")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert main(["generate", "cat", "dog", "--seed", "0", "--device", "cpu", "--batch-size", "1"]) == 0
+    captured = capsys.readouterr()
+    assert ("2/2" in captured.err) == terminal
+    assert captured.out == "hart-0.png\nhart-1.png\n"
+
+
 def test_info_counts_what_is_in_the_files(saved, capsys):
     assert main(["info", str(saved), "--json"]) == 0
     description = json.loads(capsys.readouterr().out)
