@@ -13,7 +13,7 @@ else
 CONSTRAINTS = constraints.txt
 endif
 
-.PHONY: demo test style quality build clean
+.PHONY: demo test style quality docs build clean
 
 demo: $(VENV)/.core
 	$(BIN)/diffusers-hart generate "$(PROMPT)" -o hart.png --seed 0
@@ -29,11 +29,14 @@ quality: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 build: $(VENV)/.dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist site src/*.egg-info
 
 $(VENV)/.venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -45,6 +48,6 @@ $(VENV)/.core: $(VENV)/.venv setup.cfg constraints.txt
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e .
 	touch $@
 
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv setup.cfg constraints.txt
+$(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.venv setup.cfg constraints.txt
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@

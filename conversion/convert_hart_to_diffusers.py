@@ -27,6 +27,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "`llm_system_prompt` is read, not run), or the text itself.",
     )
     parser.add_argument("--allow_extra_keys", action="store_true", help="Leave out weights of unknown names.")
+    parser.add_argument(
+        "--self_contained",
+        action="store_true",
+        help="Write the code of the pipeline beside the weights, for those who have diffusers and not this package.",
+    )
     parser.add_argument("--license", help="Licence of the weights for the model card. It is never guessed.")
     parser.add_argument("--base_model", help="Hub id of the model that is converted, for the model card.")
     parser.add_argument("--push_to_hub", metavar="REPO", help="Hub repository to upload the folder to.")
@@ -48,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             license=args.license,
             base_model=args.base_model,
             repo_id=args.push_to_hub,
+            self_contained=args.self_contained,
         )
         print(f"Wrote {folder}")
         if args.push_to_hub:

@@ -16,6 +16,7 @@ from diffusers_hart.evaluation.instruments import CHECKER_SIDE, load_instruments
 from diffusers_hart.evaluation.picture_grid import captioned_grid, labelled_rows, stacked
 from diffusers_hart.evaluation.reconstruction import measure_reconstruction
 from diffusers_hart.evaluation.report import markdown_report, versions_and_hardware
+from diffusers_hart.evaluation.residual_scheduler import scheduler_name, with_residual_scheduler
 from diffusers_hart.evaluation.tokenizer_swap import swap_tokenizer
 from diffusers_hart.evaluation.variations import SETTINGS, boolean, parse_variations
 from diffusers_hart.pipelines.hart.generation import HARTGenerationMixin
@@ -60,11 +61,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--smooth", type=boolean, default=True, metavar="{true,false}")
     group.add_argument("--residual_temperature", type=float, default=1.0)
     group.add_argument(
+        "--residual_scheduler",
+        type=scheduler_name,
+        metavar="CLASS",
+        help="class of this package or of diffusers, made from the configuration of the pipeline's own",
+    )
+    group.add_argument(
         "--vary",
         action="append",
         default=[],
         metavar="NAME=VALUE,...",
-        help="compare other values of a setting, such as guidance_scale=0,1,4.5; can be given several times",
+        help="compare other values of a setting, such as guidance_scale=0,1,4.5, or of several in every "
+        "combination, joined by ' x '; can be given several times",
     )
 
     group = parser.add_argument_group("data, by default pictures of shapes")
@@ -181,10 +189,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     _, _, base["guidance_scale"], base["num_inference_steps"] = pipe.generation_defaults(
         side, side, args.guidance_scale, args.num_inference_steps
     )
+    if base["residual_scheduler"] is None and pipe.residual_scheduler is not None:
+        base["residual_scheduler"] = type(pipe.residual_scheduler).__name__
     variations = parse_variations(base, args.vary)
     for settings in variations.values():
         checked = {name: value for name, value in settings.items() if name != "smooth"}
-        pipe.check_generation_inputs(side, side, **checked, output_type="pt", callback_on_step_end_tensor_inputs=[])
+        with with_residual_scheduler(pipe, checked) as arguments:
+            pipe.check_generation_inputs(
+                side, side, **arguments, output_type="pt", callback_on_step_end_tensor_inputs=[]
+            )
 
     # 2. The examples, and what to measure with
     groups = open_groups(args, pipe, side)

@@ -308,10 +308,11 @@ class Hub(ThreadingHTTPServer):
         """
         file = Path(inspect.getfile(function))
         program = (
-            "import json, sys; sys.path.insert(0, sys.argv[1]); module = __import__(sys.argv[2]); "
-            "result = getattr(module, sys.argv[3])(*json.loads(sys.argv[4])); print(); print(json.dumps(result))"
+            "import json, sys; sys.path[:0] = sys.argv[1:3]; module = __import__(sys.argv[3]); "
+            "result = getattr(module, sys.argv[4])(*json.loads(sys.argv[5])); print(); print(json.dumps(result))"
         )
-        command = [sys.executable, "-c", program, str(file.parent), file.stem, function.__name__]
+        folders = [str(file.parent), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", program, *folders, file.stem, function.__name__]
         run = subprocess.run(
             [*command, json.dumps(arguments)],
             env={**self.environment(), **environment},

@@ -5,7 +5,6 @@ know the package. What runs against the Hub is a function of its own here, calle
 """
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -18,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
 from huggingface_hub import ModelCard
+from pipeline_digest import describe, digest
 
 import diffusers_hart
 from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline, HARTTransformer2DModel, cli
@@ -61,26 +61,6 @@ LOADABLE_CLASSES.setdefault("other_plugin", {})
 diffusers.OtherPipeline = OtherPipeline
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("other", OtherPipeline)
 """
-
-
-def digest(models):
-    """What the weights of models are, whatever file they came from."""
-    state = hashlib.sha256()
-    for model in models:
-        for name, value in sorted(model.state_dict().items()):
-            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            state.update(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
-def describe(pipe, condition="a red circle"):
-    """The class of a pipeline, its weights and the picture that it draws."""
-    models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    for parameter in (parameter for model in models for parameter in model.parameters()):
-        parameter.data = parameter.data.clone()  # as aligned as fresh weights, on which the last bits depend
-    pipe.set_progress_bar_config(disable=True)
-    picture = pipe(condition, generator=torch.Generator().manual_seed(0), output_type="np").images
-    return [type(pipe).__name__, digest(models), hashlib.sha256(picture.tobytes()).hexdigest()]
 
 
 def class_conditional_pipeline():

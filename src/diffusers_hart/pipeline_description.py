@@ -20,11 +20,12 @@ def describe_pipeline(model: str) -> dict[str, Any]:
         ValueError: If it is no HART pipeline, or not a whole one.
     """
     from . import HARTClassConditionalPipeline, HARTPipeline
+    from .pipelines.self_contained import installed_index
 
     folder, sizes, read_header = _open_model(model)
     if "model_index.json" not in sizes:
         raise ValueError(f"{model} has no model_index.json, so it is no pipeline in the layout of diffusers.")
-    index = json.loads((folder / "model_index.json").read_text())
+    index = installed_index(json.loads((folder / "model_index.json").read_text()))
     pipelines = {pipeline.__name__: pipeline for pipeline in (HARTPipeline, HARTClassConditionalPipeline)}
     if index.get("_class_name") not in pipelines:
         raise ValueError(f"{model} is a {index.get('_class_name')}, not one of {', '.join(pipelines)}.")
@@ -41,7 +42,7 @@ def describe_pipeline(model: str) -> dict[str, Any]:
             }
     if missing := {"transformer", "vae", "scheduler"} - components.keys():
         raise ValueError(f"{model} is incomplete, its model_index.json has no {' and no '.join(sorted(missing))}.")
-    pipe = _without_weights(pipelines[index["_class_name"]], folder, components)
+    pipe = pipeline_without_weights(folder, {"pipeline": index["_class_name"], "components": components})
     defaults = {
         "guidance_scale": pipe.scheduler.config.guidance_scale,
         "num_inference_steps": pipe.default_num_inference_steps,
@@ -106,13 +107,14 @@ def _weights(files: dict[str, int], read_header: Any) -> list[dict[str, Any]]:
     return list(variants.values())
 
 
-def _without_weights(pipeline_class: type, folder: Path, components: dict[str, dict[str, Any]]) -> Any:
+def pipeline_without_weights(folder: Path, description: dict[str, Any]) -> Any:
     """A pipeline as its configs have it: models without memory, and nothing of other libraries."""
     import diffusers
     import torch
 
     import diffusers_hart
 
+    components = description["components"]
     libraries = {"diffusers": diffusers, "diffusers_hart": diffusers_hart}
     parts = dict.fromkeys(components)
     for name, component in components.items():
@@ -124,4 +126,4 @@ def _without_weights(pipeline_class: type, folder: Path, components: dict[str, d
         config = component_class.load_config(str(folder), subfolder=name)
         with torch.device("meta" if issubclass(component_class, torch.nn.Module) else "cpu"):
             parts[name] = component_class.from_config(config)
-    return pipeline_class(**parts)
+    return getattr(diffusers_hart, description["pipeline"])(**parts)

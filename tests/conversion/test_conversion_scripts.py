@@ -37,12 +37,16 @@ def test_there_and_back(golden, text_encoder, tmp_path, assert_same_tensors):
         *("--dump_path", tmp_path / "there"),
         *("--system_prompt", ORIGINAL_CODE),
         *("--license", "mit"),
+        "--self_contained",
     )
     assert there.returncode == 0, there.stderr
     assert there.stdout.strip() == f"Wrote {tmp_path / 'there'}"
     pipe = HARTPipeline.from_pretrained(tmp_path / "there")
     assert pipe.config.system_prompt == 'Describe the "picture".\nPrompt:\n'
-    assert "license: mit" in (tmp_path / "there" / "README.md").read_text()
+    card = (tmp_path / "there" / "README.md").read_text()
+    assert "license: mit" in card and "trust_remote_code=True" in card
+    assert (tmp_path / "there" / "pipeline_hart.py").is_file()
+    assert (tmp_path / "there" / "vae" / "autoencoder_hybrid.py").is_file()
 
     back = run("convert_diffusers_to_hart.py", "--model_path", tmp_path / "there", "--dump_path", tmp_path / "back")
     assert back.returncode == 0, back.stderr

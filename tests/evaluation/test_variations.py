@@ -11,6 +11,7 @@ BASE = {
     "top_p": None,
     "smooth": True,
     "residual_temperature": 1.0,
+    "residual_scheduler": "HARTResidualScheduler",
 }
 
 
@@ -24,6 +25,18 @@ def test_one_setting_at_a_time_and_the_base_once():
     }
 
 
+def test_every_combination_of_joined_settings():
+    sweep = "residual_scheduler=HARTResidualScheduler,DDIMScheduler x num_inference_steps=4,8"
+    variations = parse_variations(BASE, [sweep, "num_inference_steps=4"])
+    assert variations == {
+        "base": BASE,
+        "residual_scheduler=HARTResidualScheduler num_inference_steps=4": BASE | {"num_inference_steps": 4},
+        "residual_scheduler=DDIMScheduler num_inference_steps=4": BASE
+        | {"residual_scheduler": "DDIMScheduler", "num_inference_steps": 4},
+        "residual_scheduler=DDIMScheduler num_inference_steps=8": BASE | {"residual_scheduler": "DDIMScheduler"},
+    }
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -33,6 +46,9 @@ def test_one_setting_at_a_time_and_the_base_once():
         ),
         ("smooth", "--vary smooth: expected name=value"),
         ("smooth=yes", "'yes' is no value of smooth: must be true or false"),
+        ("residual_scheduler=DDIM", "'DDIM' is no value of residual_scheduler: must be the class of a scheduler"),
+        ("residual_scheduler=HARTScheduler", "'HARTScheduler' is no value of residual_scheduler"),
+        ("smooth=true x steps=1", "--vary smooth=true x steps=1: expected name=value"),
         ("num_inference_steps=8,x", "'x' is no value of num_inference_steps"),
     ],
 )

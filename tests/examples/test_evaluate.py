@@ -46,9 +46,9 @@ def evaluate(tiny_pipeline, tmp_path):
     script.ShapesDataset, script.load_shapes_checker = Squares, ColorChecker
     script.shapes_model_path = lambda: tiny_pipeline
 
-    def run(options="", num_images=4):
+    def run(options="", num_images=4, arguments=()):
         common = f"--output_dir {tmp_path}/out --no_downloads --cache_dir {tmp_path}/cache --device cpu --bootstrap 2"
-        return script.main([*common.split(), "--num_images", str(num_images), *options.split()])
+        return script.main([*common.split(), "--num_images", str(num_images), *options.split(), *arguments])
 
     return run
 
@@ -112,6 +112,26 @@ def test_low_precision_and_json(dtype, evaluate, capsys):
     base = report["groups"]["one object"]["generation"]["base"]
     assert list(base["frechet_distance"]) == ["value"]
     assert report["dtype"] == dtype
+
+
+def test_residual_schedulers(evaluate, tmp_path):
+    sweep = (
+        "residual_scheduler=HARTResidualScheduler,DDIMScheduler,DPMSolverMultistepScheduler x num_inference_steps=2,3"
+    )
+    arguments = ["--vary", sweep, "--vary", "residual_scheduler=DDIMScheduler x smooth=false"]
+    report = evaluate("--splits test --bootstrap 0", arguments=arguments)
+    rows = report["groups"]["whole mix"]["generation"]
+    distances = [row["frechet_distance"]["value"] for name, row in rows.items() if name != "real pictures"]
+    assert len(distances) == len(set(distances)) == 7
+    row = rows["residual_scheduler=DPMSolverMultistepScheduler num_inference_steps=3"]["settings"]
+    assert (row["residual_scheduler"], row["num_inference_steps"]) == ("DPMSolverMultistepScheduler", 3)
+    assert report["settings"]["residual_scheduler"] == "HARTResidualScheduler"
+    again = evaluate("--splits test --bootstrap 0 --residual_scheduler DDIMScheduler")
+    base = again["groups"]["whole mix"]["generation"]["base"]["frechet_distance"]["value"]
+    same = rows["residual_scheduler=DDIMScheduler num_inference_steps=2"]["frechet_distance"]["value"]
+    assert base == pytest.approx(same, rel=1e-4)
+    with pytest.raises(ValueError, match="`residual_temperature`=0.5 needs HARTResidualScheduler"):
+        evaluate("--residual_scheduler DDIMScheduler --residual_temperature 0.5")
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ def convert_hart_to_diffusers(
     license: str | None = None,
     base_model: str | None = None,
     repo_id: str | None = None,
+    self_contained: bool = False,
 ) -> Path:
     r"""
     Convert an original HART checkpoint into a folder that [`HARTPipeline`] loads, with a model card.
@@ -38,6 +39,8 @@ def convert_hart_to_diffusers(
             Text that goes before each prompt; [`read_system_prompt`] finds it in files.
         allow_extra_keys (`bool`, defaults to `False`): Whether to leave out weights of unknown names, with a warning.
         license, base_model, repo_id (`str`, *optional*): For the model card, see [`write_model_card`].
+        self_contained (`bool`, defaults to `False`):
+            Whether to write the code of the pipeline beside the weights, see [`HARTPipeline.save_pretrained`].
 
     Returns:
         `Path`: The folder that was written.
@@ -68,8 +71,10 @@ def convert_hart_to_diffusers(
         "text_encoder": f"`{encoder}`",
     }
     with new_folder(dump_path) as folder:
-        pipe.save_pretrained(folder)
-        write_model_card(folder, pipe, sources, license, base_model, repo_id, changed_dtype=dtype is not None)
+        pipe.save_pretrained(folder, self_contained=self_contained)
+        write_model_card(
+            folder, pipe, sources, license, base_model, repo_id, dtype is not None, self_contained=self_contained
+        )
     return dump_path
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..pipelines import HARTPipeline
+from ..pipelines.model_card import TAGS, drawn_sizes, use_of
 
-
-TAGS = ["text-to-image", "diffusers", "diffusers-hart", "hart", "autoregressive"]
 
 CARD = """---
 {header}
@@ -22,16 +21,7 @@ They draw {sizes}.
 
 ## Use
 
-With `diffusers-hart` installed:
-
-```py
-import torch
-from diffusers_hart import HARTPipeline
-
-pipe = HARTPipeline.from_pretrained("{repo_id}", dtype=torch.bfloat16).to("cuda")
-image = pipe("a lighthouse at dusk", generator=torch.Generator("cuda").manual_seed(0)).images[0]
-image.save("lighthouse.png")
-```
+{use}
 
 ## What was converted
 
@@ -62,6 +52,7 @@ def write_model_card(
     base_model: str | None = None,
     repo_id: str | None = None,
     changed_dtype: bool = False,
+    self_contained: bool = False,
 ) -> Path:
     r"""
     Write the model card, `README.md`, of a converted pipeline.
@@ -74,23 +65,23 @@ def write_model_card(
         base_model (`str`, *optional*): Hub id of the model that was converted.
         repo_id (`str`, *optional*): Hub id of the converted one, for the example in the card.
         changed_dtype (`bool`, defaults to `False`): Whether the weights were stored in another type than they had.
+        self_contained (`bool`, defaults to `False`): Whether the code of the pipeline lies beside the weights.
 
     Returns:
         `Path`: The card.
     """
     header = ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS, license=license, base_model=base_model
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", *TAGS],
+        license=license,
+        base_model=base_model,
     )
-    sides = [schedule[-1] * pipe.vae.spatial_factor for schedule in pipe.scheduler.config.schedules]
-    default = pipe.transformer.config.sample_size * pipe.vae.spatial_factor
-    sizes = f"squares of {default} pixels a side"
-    if others := [str(side) for side in sides if side != default]:
-        sizes += f"; {' and '.join(others)} pixels can be asked for, but are not what the weights were trained on last"
     system_prompt = pipe.config.system_prompt
     card = CARD.format(
         header=header.to_yaml(),
-        sizes=sizes,
-        repo_id=repo_id or "path/to/this/folder",
+        sizes=drawn_sizes(pipe),
+        use=use_of(type(pipe).__name__, repo_id or "path/to/this/folder", '"a lighthouse at dusk"', self_contained),
         components="\n".join(
             f"| `{name}` | {source} | {_dtypes(pipe.components[name])} |" for name, source in sources.items()
         ),

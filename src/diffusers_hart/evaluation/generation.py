@@ -12,6 +12,7 @@ from .examples import ExampleGroup, batches
 from .feature_distances import bootstrap_margins, feature_distances
 from .instruments import Instruments, PictureMeasurements
 from .prompt_following import prompt_following
+from .residual_scheduler import with_residual_scheduler
 
 
 BASE = "base"
@@ -42,7 +43,7 @@ def generate(
     Args:
         pipe (`HARTPipeline` or `HARTClassConditionalPipeline`): What draws.
         condition (`dict`): From [`prepare_condition`].
-        settings (`dict`): Arguments of the call.
+        settings (`dict`): Arguments of the call, and the name of another `residual_scheduler`.
         side (`int`): Side of the pictures in pixels.
         seed (`int`): Seed of the run.
         positions (`Sequence[int]`): Place of each picture in the run.
@@ -51,7 +52,8 @@ def generate(
         `torch.Tensor` of shape `(batch_size, 3, side, side)`, float32 in [-1, 1].
     """
     generators = [seeded_generator(pipe.device, seed, "evaluation", position) for position in positions]
-    images = pipe(**condition, **settings, height=side, generator=generators, output_type="pt").images
+    with with_residual_scheduler(pipe, settings) as arguments:
+        images = pipe(**condition, **arguments, height=side, generator=generators, output_type="pt").images
     return images.float() * 2 - 1
 
 

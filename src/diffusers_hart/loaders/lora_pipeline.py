@@ -190,9 +190,11 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
             weight_name (`str`, *optional*): The file's name, by default `pytorch_lora_weights.safetensors`.
             save_function (`Callable`, *optional*): What writes, instead of safetensors or `torch.save`.
             safe_serialization (`bool`, defaults to `True`): `False` writes a pickle.
-            transformer_lora_adapter_metadata, residual_mlp_lora_adapter_metadata, text_encoder_lora_adapter_metadata
-                (`dict`, *optional*): Their settings, `model.peft_config[adapter_name].to_dict()`; without them each
+            transformer_lora_adapter_metadata (`dict`, *optional*):
+                The settings of the transformer's, `model.peft_config[adapter_name].to_dict()`; without them each
                 layer's factor is 1 when they are loaded.
+            residual_mlp_lora_adapter_metadata, text_encoder_lora_adapter_metadata (`dict`, *optional*):
+                The same of the others.
 
         Raises:
             ValueError: If there is nothing to save.

@@ -19,7 +19,8 @@ class LoraTrainingModule(HARTTrainingModule):
         encode_captions (`Callable`, *optional*):
             Makes embeddings `(batch_size, tokens, caption_channels)` and their mask of a list of captions with it.
         prior_loss_weight (`float`, defaults to `1.0`): Weight of the loss of pictures of the class.
-        args, kwargs: As in [`HARTTrainingModule`].
+        args (`tuple`): As in [`HARTTrainingModule`].
+        kwargs (`dict`): As in [`HARTTrainingModule`].
     """
 
     def __init__(

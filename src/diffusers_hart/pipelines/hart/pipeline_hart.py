@@ -14,6 +14,7 @@ from ...loaders import HARTLoraLoaderMixin
 from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
+from ..hub import HARTHubMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
@@ -33,7 +34,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Text-to-image generation with HART, the Hybrid Autoregressive Transformer
     ([paper](https://huggingface.co/papers/2410.10812)).
@@ -128,8 +129,9 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
                 What guidance leads away from. Without it the unconditional branch is what the model was trained with:
                 embeddings of zeros at text position 0.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether to make an unconditional branch.
-            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
-                (`torch.Tensor`, *optional*): Results of an earlier call, used instead of encoding.
+            prompt_embeds, prompt_attention_mask (`torch.Tensor`, *optional*):
+                Results of an earlier call, used instead of encoding.
+            negative_prompt_embeds, negative_prompt_attention_mask (`torch.Tensor`, *optional*): The same.
             max_sequence_length (`int`, *optional*):
                 Number of tokens prompts are padded and cut to; by default the number the transformer was trained with.
             system_prompt (`str`, *optional*):

@@ -11,11 +11,12 @@ from ...loaders import HARTLoraLoaderMixin
 from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
+from ..hub import HARTHubMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
-class HARTClassConditionalPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTClassConditionalPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Class-conditional generation with HART ([paper](https://huggingface.co/papers/2410.10812), section 4.2).
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import shutil
 import signal
@@ -9,16 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from command_line import fails
 from safetensors.torch import load_file
 
 from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline, HARTTransformer2DModel, __version__
 from diffusers_hart.cli import main
 from diffusers_hart.random_pipeline import random_pipeline
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +61,6 @@ def metadata(path):
 
 def parameters(path):
     return json.loads(metadata(path)["parameters"])
-
-
-def fails(capsys, *argv):
-    """The one line that an error is told in."""
-    capsys.readouterr()
-    assert main(list(argv)) == 1
-    captured = capsys.readouterr()
-    line = captured.err.splitlines()[-1]
-    assert line.startswith("diffusers-hart: error: ")
-    assert captured.out == "" and "Traceback" not in captured.err
-    return line
 
 
 def test_generate_writes_a_picture_and_how_it_was_drawn(capsys, tmp_path):
@@ -135,6 +121,63 @@ def test_each_of_several_pictures_can_be_drawn_alone(capsys):
         # A batch rounds otherwise than a single picture, by some levels of 255.
         assert np.abs(pixels("alone.png") - pixels(f"out-{i}.png")).max() <= 5
     assert np.abs(pixels("out-0.png") - pixels("out-1.png")).max() > 50
+
+
+def test_several_prompts_a_file_of_them_and_a_grid(capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a blue dog\n\n  a green bird \n", encoding="utf-8")
+    options = ["--seed", "7", "--device", "cpu", "--batch-size", "4", "--num-images", "2", "--grid", "grid.png"]
+    assert main(["generate", "a cat", "--prompts", "prompts.txt", "-o", "out.png", *options]) == 0
+    names = [f"out-{i}.png" for i in range(6)]
+    assert capsys.readouterr().out.split() == [*names, "grid.png"]
+    drawn = [(parameters(name)["prompt"], parameters(name)["seed"]) for name in names]
+    prompts = ("a cat", "a blue dog", "a green bird")
+    assert drawn == [(prompt, seed) for prompt in prompts for seed in (7, 8)]
+    grid = pixels("grid.png")
+    assert grid.shape == (3 * 128, 2 * 128, 3)
+    for i, name in enumerate(names):
+        row, column = 128 * (i // 2), 128 * (i % 2)
+        assert np.array_equal(grid[row : row + 128, column : column + 128], pixels(name))
+    pictures = json.loads(metadata("grid.png")["pictures"])
+    assert [picture["path"] for picture in pictures] == names
+    # A batch rounds otherwise than a single picture, by some levels of 255.
+    assert main(["generate", "a blue dog", "-o", "alone.png", "--seed", "8", "--device", "cpu"]) == 0
+    assert np.abs(pixels("alone.png") - pixels("out-3.png")).max() <= 5
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\na bird\n"))
+    assert main(["generate", "--prompts", "-", "--seed", "7", "--device", "cpu", "--grid", "three.png"]) == 0
+    assert capsys.readouterr().out.split()[-4:] == ["hart-0.png", "hart-1.png", "hart-2.png", "three.png"]
+    grid = pixels("three.png")
+    assert grid.shape == (256, 256, 3) and (grid[128:, 128:] == 255).all()
+
+
+def test_generate_for_scripts(capsys):
+    assert main(["generate", "cat", "dog", "--seed", "3", "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["grid"] is None
+    for picture, prompt, path in zip(result["pictures"], ("cat", "dog"), ("hart-0.png", "hart-1.png"), strict=True):
+        assert picture == {"path": path, **parameters(path)}
+        assert picture["prompt"] == prompt and picture["seed"] == 3
+
+
+def test_files_without_prompts(capsys, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "no prompts in empty.txt" in fails(capsys, "generate", "--prompts", "empty.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    assert "bytes.txt must be UTF-8 text" in fails(capsys, "generate", "--prompts", "bytes.txt")
+    assert "No such file" in fails(capsys, "generate", "--prompts", "missing.txt")
+    assert "as '.xyz'" in fails(capsys, "generate", "cat", "--grid", "grid.xyz")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_an_error_that_nobody_expects_is_one_line_too(capsys, monkeypatch):
+    def overflow(self, *arguments, **options):
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setattr(HARTPipeline, "__call__", overflow)
+    line = fails(capsys, "generate", "cat", "--device", "cpu")
+    assert line == "diffusers-hart: error: OutOfMemoryError: out of memory (--debug shows where)"
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["generate", "cat", "--device", "cpu", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -235,13 +278,18 @@ def test_debug_shows_where_an_error_comes_from():
     [
         ([], "required: command"),
         (["draw"], "invalid choice: 'draw'"),
-        (["generate"], "required: prompt"),
+        (["generate"], "required: prompt or --prompts"),
         (["generate", "cat", "--seed", "-1"], "must be an integer from 0 to 2**63 - 1, not -1"),
         (["generate", "cat", "--seed", str(2**63)], "must be an integer from 0 to 2**63 - 1"),
         (["generate", "cat", "--seed", "x"], "must be an integer from 0 to 2**63 - 1, not x"),
         (["generate", "cat", "--num-images", "0"], "must be a positive integer, not 0"),
         (["generate", "cat", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["generate", "cat", "--batch-size", "0"], "must be a positive integer, not 0"),
         (["info"], "required: model"),
+        (["reconstruct"], "required: picture"),
+        (["reconstruct", "a.png", "--size", "x"], "must be a positive integer, not x"),
+        (["convert", "in", "out"], "required: --text-encoder"),
+        (["push", "folder"], "required: repository"),
     ],
 )
 def test_wrong_usage(argv, message, capsys):
@@ -273,6 +321,15 @@ def test_in_a_pipe_it_says_what_matters_and_nothing_else(saved):
     command = [sys.executable, "-m", "diffusers_hart", "generate", "cat", "--seed", "0", "--model", str(saved)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "hart.png\n", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert main(["generate", "cat", "dog", "--seed", "0", "--device", "cpu", "--batch-size", "1"]) == 0
+    captured = capsys.readouterr()
+    assert ("2/2" in captured.err) == terminal
+    assert captured.out == "hart-0.png\nhart-1.png\n"
 
 
 def test_info_counts_what_is_in_the_files(saved, capsys):
