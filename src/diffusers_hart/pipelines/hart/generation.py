@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ...models.transformers.transformer_hart import HARTKVCache
+from .call_state import CallAttribute
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -29,6 +30,8 @@ class HARTGenerationMixin:
 
     _callback_tensor_inputs = ["latents"]
     _is_class_conditional = False
+    _guidance_scale, _attention_kwargs = CallAttribute(), CallAttribute()
+    _interrupt, _num_timesteps = CallAttribute(), CallAttribute()
 
     def _check_components(self, residual_scheduler: Any, **components: Any) -> None:
         """Raises `ValueError` for a component in another's place; diffusers tells those of one base class not apart."""

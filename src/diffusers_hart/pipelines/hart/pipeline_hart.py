@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 from collections.abc import Callable
+from pickle import UnpicklingError
+from threading import Lock
 from typing import Any
 
 import torch
@@ -8,17 +10,23 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...loaders import HARTLoraLoaderMixin
 from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
+from .call_state import with_own_state
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
+from .text_encoder_files import check_text_encoder, check_text_encoder_config
 
 
 logger = logging.get_logger(__name__)
+
+# A call of a fast tokenizer sets how it pads and cuts, then uses that: two threads would get each other's.
+TOKENIZER_LOCK = Lock()
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -97,10 +105,22 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
         r"""
         Load a pipeline from a folder or the Hub, as `DiffusionPipeline.from_pretrained` does. Without a `dtype` all of
         it is loaded in float32, the text encoder too, which transformers would leave in the type it is stored in.
+
+        Raises:
+            ValueError: If weights are missing, not a model's, of another shape or not finite, or components do not fit.
+            OSError: If files are missing or damaged.
         """
         if not {"dtype", "torch_dtype", "quantization_config"} & set(kwargs):
             kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "text_encoder" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_text_encoder_config(pretrained_model_name_or_path)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (SafetensorError, UnpicklingError) as error:
+            raise OSError(f"A file of weights in {pretrained_model_name_or_path} is damaged: {error}") from error
+        check_text_encoder(pipe.text_encoder)
+        return pipe
 
     def encode_prompt(
         self,
@@ -178,10 +198,12 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
         self, prompts: list[str], max_sequence_length: int, system_prompt: str | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(batch_size, tokens, caption_channels)`, float32, and mask `(batch_size, tokens)` of prompts."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-        )
-        for whole_ids in self.tokenizer([*prompts, system_prompt or ""]).input_ids:
+        with TOKENIZER_LOCK:
+            tokens = self.tokenizer(
+                prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+            )
+            uncut_ids = self.tokenizer([*prompts, system_prompt or ""]).input_ids
+        for whole_ids in uncut_ids:
             if len(whole_ids) > max_sequence_length:
                 cut = len(whole_ids) - max_sequence_length
                 lost = whole_ids[:cut] if self.tokenizer.truncation_side == "left" else whole_ids[-cut:]
@@ -200,7 +222,8 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
 
         text_ids, key_mask, system_length = input_ids, attention_mask, 0
         if system_prompt:
-            system_ids = self.tokenizer(system_prompt, max_length=input_ids.shape[1], truncation=True).input_ids
+            with TOKENIZER_LOCK:
+                system_ids = self.tokenizer(system_prompt, max_length=input_ids.shape[1], truncation=True).input_ids
             system_length = len(system_ids)
             system_ids = torch.tensor([system_ids]).to(device, non_blocking=True).expand(len(input_ids), -1)
             text_ids = torch.cat([system_ids, input_ids], dim=1)
@@ -304,6 +327,7 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
                 )
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,

@@ -11,6 +11,7 @@ from ...loaders import HARTLoraLoaderMixin
 from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
+from .call_state import with_own_state
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
@@ -80,6 +81,7 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTG
         return [self.labels[name] for name in labels]
 
     @torch.no_grad()
+    @with_own_state
     def __call__(
         self,
         class_labels: int | list[int] | torch.Tensor,
