@@ -21,7 +21,7 @@ class CallAttribute:
         own = pipe.__dict__.get("_running_calls", {}).get(get_ident())
         values = own[-1] if own else pipe.__dict__.get("_last_call", {})
         if self.name not in values:
-            raise AttributeError(f"{type(pipe).__name__} has no `{self.name}` before its first call.")
+            raise AttributeError(self.name)  # before the first call
         return values[self.name]
 
     def __set__(self, pipe: Any, value: Any):

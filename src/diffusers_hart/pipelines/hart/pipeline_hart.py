@@ -274,8 +274,20 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
         prompt_attention_mask: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_attention_mask: torch.Tensor | None,
+        system_prompt: str | None = None,
     ) -> None:
         """Check the arguments about text. Raises `ValueError` with what was given and what fits."""
+        tensors = {
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        for name, tensor in tensors.items():
+            if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.ndim == 0):
+                raise ValueError(f"`{name}` must be a torch.Tensor with dimensions, not {tensor!r}.")
+            if tensor is not None and tensors[name.replace("attention_mask", "embeds")] is None:
+                raise ValueError(f"`{name}` belongs to embeddings, and none are given.")
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Pass either `prompt` or `prompt_embeds`, not {given}.")
@@ -291,6 +303,8 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
             raise ValueError(f"`max_sequence_length` must be a positive integer, not {max_sequence_length}.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise ValueError(f"`system_prompt` must be a string, not {system_prompt!r}.")
         batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
         if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, batch_size):
             raise ValueError(
@@ -309,6 +323,8 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
                 raise ValueError(
                     f"`{name}_embeds` must be of shape (batch_size, tokens, {width}), not {tuple(embeds.shape)}."
                 )
+            if not embeds.isfinite().all():
+                raise ValueError(f"`{name}_embeds` must be finite numbers.")
             if mask is None:
                 raise ValueError(
                     f"`{name}_embeds` need `{name}_attention_mask`: positions follow from it. `encode_prompt` gives both."
@@ -429,6 +445,7 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
             prompt_attention_mask,
             negative_prompt_embeds,
             negative_prompt_attention_mask,
+            system_prompt,
         )
         self.check_generation_inputs(
             height,
@@ -440,6 +457,8 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
             residual_temperature,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+            attention_kwargs,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs

@@ -150,6 +150,8 @@ class HARTClassConditionalPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTG
             residual_temperature,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+            attention_kwargs,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
