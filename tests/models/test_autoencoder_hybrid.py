@@ -4,6 +4,7 @@ import torch
 
 from diffusers_hart import HybridTokenizer
 from diffusers_hart.models.autoencoders.autoencoder_hybrid import phi_indices
+from diffusers_hart.random_pipeline import random_pipeline
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,31 @@ def test_gradients_reach_codebook_phi_and_encoder(tiny):
     assert vae.codebook.weight.grad.abs().sum() > 0
     assert all(phi.weight.grad.abs().sum() > 0 for phi in vae.phi[:3])
     assert vae.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_picture_of_1024_pixels_is_tiled():
+    vae = random_pipeline().vae
+    coarse = torch.randn(1, 8, 9, 9, generator=torch.Generator().manual_seed(0))
+    latents = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
+    whole = vae.decode(latents).sample
+    vae.enable_tiling()
+    sides = []
+    hook = vae.decoder.conv_out.register_forward_hook(lambda module, args, output: sides.append(output.shape[-2:]))
+    tiled = vae.decode(latents).sample
+    hook.remove()
+    assert sides == [(512, 512)] * 9
+    error = (tiled - whole).square().mean().sqrt()
+    assert 0 < error < 0.1 * whole.std()
+    # A tile in a wrong place, or a seam, is another matter.
+    assert error < 0.2 * (whole.roll(16, dims=-1) - whole).square().mean().sqrt()
+    seams = (tiled[..., 1:] - tiled[..., :-1]).abs().mean(dim=(0, 1, 2)).max()
+    assert seams < 1.2 * (whole[..., 1:] - whole[..., :-1]).abs().mean(dim=(0, 1, 2)).max()
+    vae.enable_tiling(tile_sample_min_size=1024, tile_sample_stride=1024)  # in one piece
+    assert torch.equal(vae.decode(latents).sample, whole)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(100, 64), (64, 100), (64, 80), (64, 0), (64, -16)])
+def test_tiles_that_leave_gaps(size, stride):
+    with pytest.raises(ValueError, match="must be multiples of 16 pixels"):
+        random_pipeline().vae.enable_tiling(tile_sample_min_size=size, tile_sample_stride=stride)

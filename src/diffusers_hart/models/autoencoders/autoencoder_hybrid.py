@@ -119,6 +119,18 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     _keep_in_fp32_modules = ["codebook", "phi"]
     _skip_layerwise_casting_patterns = ["codebook", "phi", "norm"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    # What is called other than by the `forward` of the module it belongs to; lists of modules are found by themselves.
+    _group_offload_block_modules = [
+        "encoder",
+        "quant_conv",
+        "codebook",
+        "post_quant_conv",
+        "decoder",
+        "conv_in",
+        "mid_block",
+        "conv_norm_out",
+        "conv_out",
+    ]
 
     @register_to_config
     def __init__(
@@ -170,8 +182,8 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     def enable_tiling(self, tile_sample_min_size: int | None = None, tile_sample_stride: int | None = None):
         r"""
         Decode large pictures tile by tile, which takes less memory and more time. Neighbouring tiles overlap and are
-        blended, so that no seams show; the picture is not quite the same, since the decoder's norms and its attention
-        see one tile at a time. Pictures of one tile and encoding, whose codes must not change, are not tiled.
+        blended, so that no seams show; the picture is not quite the same, since norms of the large levels see one tile
+        at a time. Pictures of one tile and encoding, whose codes must not change, are not tiled.
 
         Args:
             tile_sample_min_size (`int`, *optional*, 512 at first): Side of a tile in pixels.
@@ -391,26 +403,36 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         return self.decoder(latents)
 
     def _tiled_decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The mean of decoded tiles, weighted by ramps that fall to the edges where tiles overlap."""
-        size = self.tile_sample_min_size // self.spatial_factor
-        stride = self.tile_sample_stride // self.spatial_factor
+        """
+        The mean of decoded tiles, weighted by ramps that fall to the edges where tiles overlap. Only the last three
+        levels are tiled: those before are a small part of the memory and hold the attention, which sees the picture.
+        """
+        decoder = self.decoder
+        num_whole = max(len(decoder.up_blocks) - 3, 0)
+        hidden_states = decoder.mid_block(decoder.conv_in(latents))
+        for up_block in decoder.up_blocks[:num_whole]:
+            hidden_states = up_block(hidden_states)
+
+        factor = self.spatial_factor // 2**num_whole  # pixels of a position, along a side
+        size, stride = self.tile_sample_min_size // factor, self.tile_sample_stride // factor
+        height, width = hidden_states.shape[-2:]
         # The last tile ends with the picture, so that none is a sliver.
-        rows, columns = ([*range(0, max(side - size, 0), stride), max(side - size, 0)] for side in latents.shape[-2:])
-        images, weights = None, None
+        rows, columns = ([*range(0, max(side - size, 0), stride), max(side - size, 0)] for side in (height, width))
+        images = latents.new_zeros(
+            len(latents), self.config.out_channels, height * factor, width * factor, dtype=torch.float32
+        )
+        weights = torch.zeros_like(images[0, 0])
         for top in rows:
             for left in columns:
-                tile = self.decoder(latents[:, :, top : top + size, left : left + size])
-                if images is None:
-                    height, width = (side * self.spatial_factor for side in latents.shape[-2:])
-                    images = tile.new_zeros(*tile.shape[:2], height, width, dtype=torch.float32)
-                    weights = images.new_zeros(height, width)
-                y, x = top * self.spatial_factor, left * self.spatial_factor
-                window = (slice(y, y + tile.shape[-2]), slice(x, x + tile.shape[-1]))
-                ramp = self._tile_ramp(tile.shape[-2], tile.device)[:, None] * self._tile_ramp(
-                    tile.shape[-1], tile.device
-                )
-                images[:, :, *window] += tile * ramp
-                weights[window] += ramp
+                tile = hidden_states[:, :, top : top + size, left : left + size]
+                for up_block in decoder.up_blocks[num_whole:]:
+                    tile = up_block(tile)
+                tile = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(tile)))
+                ramps = [self._tile_ramp(side, tile.device) for side in tile.shape[-2:]]
+                weight = ramps[0][:, None] * ramps[1]
+                y, x = top * factor, left * factor
+                images[:, :, y : y + tile.shape[-2], x : x + tile.shape[-1]] += tile * weight
+                weights[y : y + tile.shape[-2], x : x + tile.shape[-1]] += weight
         return (images / weights).to(latents.dtype)
 
     def _tile_ramp(self, length: int, device: torch.device) -> torch.Tensor:

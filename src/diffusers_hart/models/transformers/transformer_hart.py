@@ -345,6 +345,7 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
     _skip_layerwise_casting_patterns = ["norm", "level_embedder", "logit_scale"]
     _keep_in_fp32_modules = ["norm_out", "proj_out", "logit_scale"]
     _skip_keys = ["kv_cache"]
+    _group_offload_block_modules = ["x_embedder", "residual_norm"]  # which `residual_condition` calls
 
     @register_to_config
     def __init__(

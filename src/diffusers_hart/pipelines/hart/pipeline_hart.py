@@ -203,13 +203,13 @@ class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
                 prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
             )
             uncut_ids = self.tokenizer([*prompts, system_prompt or ""]).input_ids
-        for whole_ids in uncut_ids:
+        for whole_ids in dict.fromkeys(map(tuple, uncut_ids)):  # equal texts are told of once
             if len(whole_ids) > max_sequence_length:
                 cut = len(whole_ids) - max_sequence_length
                 lost = whole_ids[:cut] if self.tokenizer.truncation_side == "left" else whole_ids[-cut:]
                 logger.warning(
                     f"A prompt of {len(whole_ids)} tokens was cut to {max_sequence_length}; what was lost: "
-                    f"{self.tokenizer.decode(lost)!r}"
+                    f"{self.tokenizer.decode(list(lost))!r}"
                 )
         return self._encode_tokens(tokens.input_ids, system_prompt, device)
 
