@@ -129,9 +129,14 @@ def test_gradients_reach_codebook_phi_and_encoder(tiny):
 
 @torch.no_grad()
 def test_a_picture_of_1024_pixels_is_tiled():
+    """Without norms, whose statistics are a tile's, tiles differ from the whole at their edges alone."""
     vae = random_pipeline().vae
+    for module in list(vae.decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
     coarse = torch.randn(1, 8, 9, 9, generator=torch.Generator().manual_seed(0))
-    latents = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
+    latents = 4 * torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
     whole = vae.decode(latents).sample
     vae.enable_tiling()
     sides = []
@@ -139,12 +144,9 @@ def test_a_picture_of_1024_pixels_is_tiled():
     tiled = vae.decode(latents).sample
     hook.remove()
     assert sides == [(512, 512)] * 9
-    error = (tiled - whole).square().mean().sqrt()
-    assert 0 < error < 0.1 * whole.std()
-    # A tile in a wrong place, or a seam, is another matter.
-    assert error < 0.2 * (whole.roll(16, dims=-1) - whole).square().mean().sqrt()
-    seams = (tiled[..., 1:] - tiled[..., :-1]).abs().mean(dim=(0, 1, 2)).max()
-    assert seams < 1.2 * (whole[..., 1:] - whole[..., :-1]).abs().mean(dim=(0, 1, 2)).max()
+    difference = (tiled - whole).abs()
+    assert 0 < difference.max() < 0.1 * whole.std()
+    assert difference[..., :300, :300].max() < 1e-6  # of one tile alone, far from its inner edges
     vae.enable_tiling(tile_sample_min_size=1024, tile_sample_stride=1024)  # in one piece
     assert torch.equal(vae.decode(latents).sample, whole)
 

@@ -64,14 +64,19 @@ def test_group_offload(pipe, picture, options):
 
 @pytest.mark.parametrize("options", GROUPS)
 def test_group_offload_to_disk(pipe, picture, options, tmp_path):
-    for name in OURS:
-        # A folder each: diffusers names the files after layers, some of which are called the same.
-        getattr(pipe, name).enable_group_offload(
-            onload_device=torch.device("cpu"), offload_to_disk_path=str(tmp_path / name), **options
-        )
-        assert list((tmp_path / name).iterdir())
+    pipe.enable_group_offload(torch.device("cpu"), offload_to_disk_path=tmp_path, **options)
+    assert all(_is_group_offload_enabled(getattr(pipe, name)) for name in MODELS)
+    assert {path.name for path in tmp_path.iterdir()} == set(MODELS)  # since some of their layers are called the same
     for _ in range(2):
         assert_same(draw(pipe), picture)
+
+
+def test_group_offload_with_a_component_left_out(pipe, picture, tmp_path):
+    pipe.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=tmp_path, exclude_modules="vae"
+    )
+    assert not _is_group_offload_enabled(pipe.vae) and not (tmp_path / "vae").exists()
+    assert_same(draw(pipe), picture)
 
 
 def test_model_offload_with_the_cpu_for_a_device(pipe, picture):

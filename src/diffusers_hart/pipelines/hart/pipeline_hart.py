@@ -18,6 +18,7 @@ from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from .call_state import with_own_state
+from .disk_offload import DiskOffloadMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 from .text_encoder_files import check_text_encoder, check_text_encoder_config
@@ -41,7 +42,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class HARTPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTPipeline(DiskOffloadMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Text-to-image generation with HART, the Hybrid Autoregressive Transformer
     ([paper](https://huggingface.co/papers/2410.10812)).

@@ -12,11 +12,12 @@ from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from .call_state import with_own_state
+from .disk_offload import DiskOffloadMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
-class HARTClassConditionalPipeline(DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTClassConditionalPipeline(DiskOffloadMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Class-conditional generation with HART ([paper](https://huggingface.co/papers/2410.10812), section 4.2).
 
