@@ -7,10 +7,12 @@ What diffusers' own tests take for granted of a pipeline, where no other file of
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
+import diffusers_hart
 from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline
 from diffusers_hart.random_pipeline import random_pipeline
 
@@ -87,3 +89,16 @@ def test_methods_that_use_weights_trigger_offloading():
     pipe.vae.decode(latents)
     pipe.transformer.residual_condition(torch.zeros(1, 64, 64), embeds)
     assert calls.count(pipe.transformer) == 1 and calls.count(pipe.vae) >= 6
+
+
+@pytest.mark.parametrize("folder", ["models", "pipelines", "schedulers", "loaders"])
+def test_nothing_is_of_one_kind_of_device(folder):
+    """No call for CUDA alone, and no float64 on the device, which MPS has not."""
+    files = list((Path(diffusers_hart.__file__).parent / folder).rglob("*.py"))
+    names = {
+        (path.name, node.attr)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("cuda", "double", "float64")
+    }
+    assert files and not names
