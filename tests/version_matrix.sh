@@ -16,6 +16,7 @@ case ${1:-} in
     *) ends="oldest newest" ;;
 esac
 
+failed=
 for end in $ends; do
     venv=$MATRIX/$end
     "$PYTHON" -m venv "$venv"
@@ -36,5 +37,6 @@ PROGRAM
     "$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager -c "$venv/constraints.txt" -e '.[test]'
     echo "== $end: $("$venv/bin/python" -m pip list --format freeze | grep -E \
         '^(accelerate|diffusers|huggingface_hub|numpy|peft|tokenizers|torch|transformers)==' | tr '\n' ' ')"
-    "$venv/bin/python" -m pytest "$@"
+    "$venv/bin/python" -m pytest "$@" || failed="$failed $end"
 done
+test -z "$failed" || { echo "failed:$failed" >&2; exit 1; }
