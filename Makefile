@@ -13,13 +13,23 @@ else
 CONSTRAINTS = constraints.txt
 endif
 
-.PHONY: demo test style quality docs build clean
+.PHONY: demo test test-quantization matrix style quality docs build clean
 
 demo: $(VENV)/.core
 	$(BIN)/diffusers-hart generate "$(PROMPT)" -o hart.png --seed 0
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+# Better in an environment of its own, `make test-quantization VENV=.venv-quantization`: these packages make every
+# import slower.
+test-quantization: $(VENV)/.venv
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test,quantization]'
+	$(BIN)/python -m pytest -m "quantization and not gpu"
+
+# The oldest and the newest versions that setup.cfg allows.
+matrix:
+	PYTHON=$(PYTHON) tests/version_matrix.sh
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -4,6 +4,7 @@ import torch
 
 from diffusers_hart import HybridTokenizer
 from diffusers_hart.models.autoencoders.autoencoder_hybrid import phi_indices
+from diffusers_hart.random_pipeline import random_pipeline
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,33 @@ def test_gradients_reach_codebook_phi_and_encoder(tiny):
     assert vae.codebook.weight.grad.abs().sum() > 0
     assert all(phi.weight.grad.abs().sum() > 0 for phi in vae.phi[:3])
     assert vae.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_picture_of_1024_pixels_is_tiled():
+    """Without norms, whose statistics are a tile's, tiles differ from the whole at their edges alone."""
+    vae = random_pipeline().vae
+    for module in list(vae.decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    coarse = torch.randn(1, 8, 9, 9, generator=torch.Generator().manual_seed(0))
+    latents = 4 * torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
+    whole = vae.decode(latents).sample
+    vae.enable_tiling()
+    sides = []
+    hook = vae.decoder.conv_out.register_forward_hook(lambda module, args, output: sides.append(output.shape[-2:]))
+    tiled = vae.decode(latents).sample
+    hook.remove()
+    assert sides == [(512, 512)] * 9
+    difference = (tiled - whole).abs()
+    assert 0 < difference.max() < 0.1 * whole.std()
+    assert difference[..., :300, :300].max() < 1e-6  # of one tile alone, far from its inner edges
+    vae.enable_tiling(tile_sample_min_size=1024, tile_sample_stride=1024)  # in one piece
+    assert torch.equal(vae.decode(latents).sample, whole)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(100, 64), (64, 100), (64, 80), (64, 0), (64, -16)])
+def test_tiles_that_leave_gaps(size, stride):
+    with pytest.raises(ValueError, match="must be multiples of 16 pixels"):
+        random_pipeline().vae.enable_tiling(tile_sample_min_size=size, tile_sample_stride=stride)

@@ -94,3 +94,70 @@ def test_blocks_compile_as_one_graph_and_not_anew_for_a_second_picture(tiny):
         assert torch.allclose(transformer(*arguments).logits, expected, atol=1e-3)
         with torch.compiler.set_stance("fail_on_recompile"):
             transformer(*arguments)
+
+
+def on_cpu_noise(pipe, **options):
+    generator = torch.Generator("cpu").manual_seed(0)
+    return pipe("a red circle", generator=generator, output_type="pt", smooth=False, **options).images.cpu()
+
+
+def copy_of(tiny):
+    copied = HARTPipeline(**{name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()})
+    copied.set_progress_bar_config(disable=True)
+    return copied
+
+
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offload_gives_the_same_picture(tiny, pipe, offload_type, use_stream):
+    expected = on_cpu_noise(pipe)
+    offloaded = copy_of(tiny)
+    offloaded.enable_group_offload(
+        torch.device("cuda"), offload_type=offload_type, num_blocks_per_group=1, use_stream=use_stream
+    )
+    for _ in range(2):
+        assert torch.allclose(on_cpu_noise(offloaded), expected, atol=1e-3)
+
+
+def test_model_offload_moves_nothing_between_scales(tiny):
+    offloaded = copy_of(tiny)
+    offloaded.enable_model_cpu_offload()
+    devices = []
+
+    def note(pipe, scale_index, side, tensors):
+        devices.append([next(model.parameters()).device.type for model in (pipe.transformer, pipe.vae)])
+        return {}
+
+    on_cpu_noise(offloaded, callback_on_step_end=note)
+    assert devices[:-1] == [["cuda", "cuda"]] * (len(devices) - 1)
+
+
+def test_a_failed_call_leaves_nothing_on_the_device(tiny):
+    offloaded = copy_of(tiny)
+    offloaded.enable_model_cpu_offload()
+    expected = on_cpu_noise(offloaded)
+
+    def fail(pipe, scale_index, side, tensors):
+        raise torch.OutOfMemoryError("by the callback")
+
+    with pytest.raises(torch.OutOfMemoryError, match="by the callback"):
+        on_cpu_noise(offloaded, callback_on_step_end=fail)
+    for name in ("text_encoder", "transformer", "residual_mlp", "vae"):
+        assert next(getattr(offloaded, name).parameters()).device.type == "cpu"
+    assert torch.allclose(on_cpu_noise(offloaded), expected, atol=1e-3)
+
+
+def test_a_device_map_gives_the_same_picture(tiny, pipe, tmp_path):
+    tiny.pipe.save_pretrained(tmp_path)
+    for device_map in ("cuda", "balanced"):
+        mapped = HARTPipeline.from_pretrained(tmp_path, device_map=device_map)
+        mapped.set_progress_bar_config(disable=True)
+        assert torch.allclose(on_cpu_noise(mapped), on_cpu_noise(pipe), atol=1e-3)
+
+
+def test_float8_storage_saves_memory_and_draws(tiny):
+    stored = copy_of(tiny)
+    before = stored.transformer.get_memory_footprint()
+    stored.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert stored.transformer.get_memory_footprint() < before
+    assert on_cpu_noise(stored.to("cuda")).isfinite().all()

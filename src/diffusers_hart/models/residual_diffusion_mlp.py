@@ -10,6 +10,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from .strict_loading import StrictLoadingMixin
+
 
 @dataclass
 class ResidualDiffusionMLPOutput(BaseOutput):
@@ -41,7 +43,7 @@ class ResidualMLPBlock(nn.Module):
         return hidden_states + gate * self.linear_2(F.silu(self.linear_1(modulated)))
 
 
-class ResidualDiffusionMLP(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class ResidualDiffusionMLP(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The denoiser of HART's continuous residual (section 3.2 of the [paper](https://huggingface.co/papers/2410.10812)):
     a small MLP that treats every token alone, conditioned on what the transformer knows of it. A plain

@@ -6,6 +6,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+from .own_config import OwnConfigMixin
+
 
 @dataclass
 class HARTSchedulerOutput(BaseOutput):
@@ -47,7 +49,7 @@ def _uniform(
     return 1 - torch.rand(shape, generator=generator, device=draw_device).to(device)
 
 
-class HARTScheduler(SchedulerMixin, ConfigMixin):
+class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
     r"""
     The schedule of scales of HART and how a scale's codes are drawn from the transformer's logits (section 3 of the
     [paper](https://huggingface.co/papers/2410.10812)). It holds no state: `step` gets the index of the scale.
@@ -67,10 +69,11 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         min_smoothing_temperature (`float`, defaults to `0.005`): Lower bound of that temperature.
 
     Raises:
-        ValueError: If a schedule does not grow from a side of 1.
+        ValueError: If a schedule does not grow from a side of 1, or another value is out of range.
     """
 
     order = 1
+    _identifying_value = "schedules"
 
     @register_to_config
     def __init__(
@@ -91,8 +94,18 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         min_smoothing_temperature: float = 0.005,
     ):
         for schedule in schedules:
-            if not schedule or schedule[0] != 1 or any(b <= a for a, b in zip(schedule, schedule[1:])):
+            whole = all(isinstance(side, int) for side in schedule)
+            if not schedule or not whole or schedule[0] != 1 or any(b <= a for a, b in zip(schedule, schedule[1:])):
                 raise ValueError(f"A schedule must grow from a scale of side 1, not {tuple(schedule)}.")
+        if min(top_k, late_top_k) < 1:
+            raise ValueError(f"`top_k` and `late_top_k` must be at least 1, not {top_k} and {late_top_k}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}.")
+        if smoothing_temperature <= 0 or min_smoothing_temperature <= 0:
+            raise ValueError(
+                "`smoothing_temperature` and `min_smoothing_temperature` must be above 0, not "
+                f"{smoothing_temperature} and {min_smoothing_temperature}."
+            )
 
     def scales(self, latent_size: int) -> tuple[int, ...]:
         """

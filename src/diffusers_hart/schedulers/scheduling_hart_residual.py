@@ -8,6 +8,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .own_config import OwnConfigMixin
+
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
     """Betas of the cosine schedule (Improved DDPM, [2102.09672](https://huggingface.co/papers/2102.09672), eq. 17)."""
@@ -41,7 +43,7 @@ def diffusion_tables(alphas_cumprod: np.ndarray) -> tuple[np.ndarray, dict[str, 
     }
 
 
-class HARTResidualScheduler(DDPMScheduler):
+class HARTResidualScheduler(OwnConfigMixin, DDPMScheduler):
     r"""
     The sampler of HART's residual diffusion: ancestral sampling with a learned variance, on a chain of few timesteps
     with betas of its own (Improved DDPM, [2102.09672](https://huggingface.co/papers/2102.09672)). It differs from
@@ -58,6 +60,8 @@ class HARTResidualScheduler(DDPMScheduler):
         clip_sample (`bool`, defaults to `True`): Whether predicted residuals are clipped.
         clip_sample_range (`float`, defaults to `1.0`): To which absolute value.
     """
+
+    _identifying_value = "num_train_timesteps"
 
     @register_to_config
     def __init__(

@@ -14,6 +14,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..strict_loading import StrictLoadingMixin
+
 
 @dataclass
 class HybridTokenizerOutput(BaseOutput):
@@ -85,7 +87,7 @@ def bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tens
     return F.interpolate(columns, size=(target, 1), mode="bicubic")[0, :, :, 0].T.contiguous()
 
 
-class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
+class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     HART's hybrid tokenizer (section 3.1 of the [paper](https://huggingface.co/papers/2410.10812)): a convolutional
     autoencoder whose latent is split into the discrete codes of `K` growing scales and a continuous residual.
@@ -117,6 +119,18 @@ class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
     _keep_in_fp32_modules = ["codebook", "phi"]
     _skip_layerwise_casting_patterns = ["codebook", "phi", "norm"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    # What is called other than by the `forward` of the module it belongs to; lists of modules are found by themselves.
+    _group_offload_block_modules = [
+        "encoder",
+        "quant_conv",
+        "codebook",
+        "post_quant_conv",
+        "decoder",
+        "conv_in",
+        "mid_block",
+        "conv_norm_out",
+        "conv_out",
+    ]
 
     @register_to_config
     def __init__(
@@ -159,7 +173,34 @@ class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
 
         self.use_slicing = False
+        self.use_tiling = False
         self.spatial_factor = 2**plain_levels
+        # Of pictures in pixels: sides of a tile, and how far apart tiles start. Smaller ones are handled whole.
+        self.tile_sample_min_size = 512
+        self.tile_sample_stride = 384
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_sample_stride: int | None = None):
+        r"""
+        Decode large pictures tile by tile, which takes less memory and more time. Neighbouring tiles overlap and are
+        blended, so that no seams show; the picture is not quite the same, since norms of the large levels see one tile
+        at a time. Pictures of one tile and encoding, whose codes must not change, are not tiled.
+
+        Args:
+            tile_sample_min_size (`int`, *optional*, 512 at first): Side of a tile in pixels.
+            tile_sample_stride (`int`, *optional*, 384 at first): Distance of neighbouring tiles in pixels.
+
+        Raises:
+            ValueError: If these are no multiples of a latent position's pixels, or tiles leave gaps.
+        """
+        size = self.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
+        stride = self.tile_sample_stride if tile_sample_stride is None else tile_sample_stride
+        if size % self.spatial_factor or stride % self.spatial_factor or not 0 < stride <= size:
+            raise ValueError(
+                f"`tile_sample_min_size`={size} and `tile_sample_stride`={stride} must be multiples of "
+                f"{self.spatial_factor} pixels, and tiles must be no smaller than their distance."
+            )
+        self.tile_sample_min_size, self.tile_sample_stride = size, stride
+        super().enable_tiling()
 
     @apply_forward_hook
     def encode(
@@ -356,7 +397,50 @@ class HybridTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decode(latents.to(images.dtype))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+        latents = self.post_quant_conv(latents)
+        if self.use_tiling and max(latents.shape[-2:]) * self.spatial_factor > self.tile_sample_min_size:
+            return self._tiled_decode(latents)
+        return self.decoder(latents)
+
+    def _tiled_decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        The mean of decoded tiles, weighted by ramps that fall to the edges where tiles overlap. Only the last three
+        levels are tiled: those before are a small part of the memory and hold the attention, which sees the picture.
+        """
+        decoder = self.decoder
+        num_whole = max(len(decoder.up_blocks) - 3, 0)
+        hidden_states = decoder.mid_block(decoder.conv_in(latents))
+        for up_block in decoder.up_blocks[:num_whole]:
+            hidden_states = up_block(hidden_states)
+
+        factor = self.spatial_factor // 2**num_whole  # pixels of a position, along a side
+        size, stride = self.tile_sample_min_size // factor, self.tile_sample_stride // factor
+        height, width = hidden_states.shape[-2:]
+        # The last tile ends with the picture, so that none is a sliver.
+        rows, columns = ([*range(0, max(side - size, 0), stride), max(side - size, 0)] for side in (height, width))
+        images = latents.new_zeros(
+            len(latents), self.config.out_channels, height * factor, width * factor, dtype=torch.float32
+        )
+        weights = torch.zeros_like(images[0, 0])
+        for top in rows:
+            for left in columns:
+                tile = hidden_states[:, :, top : top + size, left : left + size]
+                for up_block in decoder.up_blocks[num_whole:]:
+                    tile = up_block(tile)
+                tile = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(tile)))
+                ramps = [self._tile_ramp(side, tile.device) for side in tile.shape[-2:]]
+                weight = ramps[0][:, None] * ramps[1]
+                y, x = top * factor, left * factor
+                images[:, :, y : y + tile.shape[-2], x : x + tile.shape[-1]] += tile * weight
+                weights[y : y + tile.shape[-2], x : x + tile.shape[-1]] += weight
+        return (images / weights).to(latents.dtype)
+
+    def _tile_ramp(self, length: int, device: torch.device) -> torch.Tensor:
+        """Weights `(length,)` of a tile's pixels along a side: 1, and falling towards both ends over the overlap."""
+        overlap = self.tile_sample_min_size - self.tile_sample_stride
+        from_edge = torch.arange(length, device=device, dtype=torch.float32) + 0.5
+        from_edge = torch.minimum(from_edge, from_edge.flip(0))
+        return (from_edge / max(overlap, 1)).clamp(max=1)
 
     def _codebook_table(self, device: torch.device) -> torch.Tensor:
         # Looked up rather than read from the parameter: offloading brings weights to the device in a module's forward.

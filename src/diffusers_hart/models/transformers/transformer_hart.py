@@ -16,6 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..strict_loading import StrictLoadingMixin
+
 
 @dataclass
 class HARTTransformer2DModelOutput(BaseOutput):
@@ -310,7 +312,7 @@ class HARTAdaLayerNormOut(nn.Module):
         return self.norm(hidden_states.float()) * (1 + scale) + shift
 
 
-class HARTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     r"""
     The autoregressive transformer over scales of HART ([paper](https://huggingface.co/papers/2410.10812)). It reads a
     text (or a class) and then the picture at growing scales, and predicts at every scale the codes of all its tokens
@@ -343,6 +345,7 @@ class HARTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attentio
     _skip_layerwise_casting_patterns = ["norm", "level_embedder", "logit_scale"]
     _keep_in_fp32_modules = ["norm_out", "proj_out", "logit_scale"]
     _skip_keys = ["kv_cache"]
+    _group_offload_block_modules = ["x_embedder", "residual_norm"]  # which `residual_condition` calls
 
     @register_to_config
     def __init__(
@@ -369,6 +372,10 @@ class HARTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attentio
             )
         if attention_head_dim % 4:
             raise ValueError(f"`attention_head_dim` must be a multiple of 4, not {attention_head_dim}.")
+        if caption_length < 1 or rope_theta <= 0:
+            raise ValueError(
+                f"`caption_length` and `rope_theta` must be above 0, not {caption_length=}, {rope_theta=}."
+            )
         self.inner_dim = num_attention_heads * attention_head_dim
 
         # 1. Inputs

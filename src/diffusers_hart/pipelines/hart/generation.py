@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ...models.transformers.transformer_hart import HARTKVCache
+from .call_state import CallAttribute
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -19,6 +20,10 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class HARTGenerationMixin:
@@ -29,6 +34,8 @@ class HARTGenerationMixin:
 
     _callback_tensor_inputs = ["latents"]
     _is_class_conditional = False
+    _guidance_scale, _attention_kwargs = CallAttribute(), CallAttribute()
+    _interrupt, _num_timesteps = CallAttribute(), CallAttribute()
 
     def _check_components(self, residual_scheduler: Any, **components: Any) -> None:
         """Raises `ValueError` for a component in another's place; diffusers tells those of one base class not apart."""
@@ -112,15 +119,17 @@ class HARTGenerationMixin:
         residual_temperature: float,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end: Callable | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Check the arguments that both pipelines have. Raises `ValueError` with what was given and what fits."""
         sizes = [schedule[-1] * self.vae_scale_factor for schedule in self.scheduler.config.schedules]
-        if height != width or height not in sizes:
+        if not is_integer(height, 1) or not is_integer(width, 1) or height != width or height not in sizes:
             raise ValueError(
                 f"No schedule of scales fits `height`={height} and `width`={width}; this model draws squares of "
                 f"{' or '.join(str(size) for size in sizes)} pixels a side."
             )
-        if not 0 <= guidance_scale < math.inf:
+        if not is_real(guidance_scale) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be 0 (off) or a positive number, not {guidance_scale}.")
         has_residual = self.residual_mlp is not None and self.residual_scheduler is not None
         max_steps = self.residual_scheduler.config.num_train_timesteps if has_residual else 0
@@ -131,9 +140,9 @@ class HARTGenerationMixin:
             )
         if top_k is not None and not is_integer(top_k, 1):
             raise ValueError(f"`top_k` must be a positive integer, not {top_k}.")
-        if top_p is not None and not 0 < top_p <= 1:
+        if top_p is not None and not (is_real(top_p) and 0 < top_p <= 1):
             raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}.")
-        if not 0 <= residual_temperature < math.inf:
+        if not is_real(residual_temperature) or not 0 <= residual_temperature < math.inf:
             raise ValueError(f"`residual_temperature` must be 0 or a positive number, not {residual_temperature}.")
         if num_inference_steps and residual_temperature != 1 and "temperature" not in self._residual_step_parameters():
             raise ValueError(
@@ -142,11 +151,23 @@ class HARTGenerationMixin:
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be something to call, not {callback_on_step_end!r}.")
+        names = callback_on_step_end_tensor_inputs
+        unknown = (
+            [name for name in names if name not in self._callback_tensor_inputs]
+            if isinstance(names, (list, tuple))
+            else [names]
+        )
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not {unknown}."
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not {unknown!r}."
             )
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise ValueError(f"`attention_kwargs` must be a dictionary, not {attention_kwargs!r}.")
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if not is_real(scale) or not math.isfinite(scale):
+            raise ValueError(f'The `"scale"` of `attention_kwargs` must be a number, not {scale!r}.')
 
     def prepare_latents(
         self,
@@ -171,8 +192,12 @@ class HARTGenerationMixin:
             )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a torch.Tensor of shape {shape}, not {latents!r}.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be of shape {shape}, not {tuple(latents.shape)}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` must be finite numbers.")
         return latents.to(device, torch.float32)
 
     def _generate_latents(

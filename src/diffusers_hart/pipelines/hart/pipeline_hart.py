@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 from collections.abc import Callable
+from pickle import UnpicklingError
+from threading import Lock
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...loaders import HARTLoraLoaderMixin
@@ -15,11 +18,17 @@ from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from ..hub import HARTHubMixin
+from .call_state import with_own_state
+from .disk_offload import DiskOffloadMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
+from .text_encoder_files import check_text_encoder, check_text_encoder_config
 
 
 logger = logging.get_logger(__name__)
+
+# A call of a fast tokenizer sets how it pads and cuts, then uses that: two threads would get each other's.
+TOKENIZER_LOCK = Lock()
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -34,7 +43,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTPipeline(HARTHubMixin, DiskOffloadMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
     r"""
     Text-to-image generation with HART, the Hybrid Autoregressive Transformer
     ([paper](https://huggingface.co/papers/2410.10812)).
@@ -98,10 +107,22 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
         r"""
         Load a pipeline from a folder or the Hub, as `DiffusionPipeline.from_pretrained` does. Without a `dtype` all of
         it is loaded in float32, the text encoder too, which transformers would leave in the type it is stored in.
+
+        Raises:
+            ValueError: If weights are missing, not a model's, of another shape or not finite, or components do not fit.
+            OSError: If files are missing or damaged.
         """
         if not {"dtype", "torch_dtype", "quantization_config"} & set(kwargs):
             kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "text_encoder" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_text_encoder_config(pretrained_model_name_or_path)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (SafetensorError, UnpicklingError) as error:
+            raise OSError(f"A file of weights in {pretrained_model_name_or_path} is damaged: {error}") from error
+        check_text_encoder(pipe.text_encoder)
+        return pipe
 
     def encode_prompt(
         self,
@@ -180,16 +201,18 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
         self, prompts: list[str], max_sequence_length: int, system_prompt: str | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(batch_size, tokens, caption_channels)`, float32, and mask `(batch_size, tokens)` of prompts."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-        )
-        for whole_ids in self.tokenizer([*prompts, system_prompt or ""]).input_ids:
+        with TOKENIZER_LOCK:
+            tokens = self.tokenizer(
+                prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+            )
+            uncut_ids = self.tokenizer([*prompts, system_prompt or ""]).input_ids
+        for whole_ids in dict.fromkeys(map(tuple, uncut_ids)):  # equal texts are told of once
             if len(whole_ids) > max_sequence_length:
                 cut = len(whole_ids) - max_sequence_length
                 lost = whole_ids[:cut] if self.tokenizer.truncation_side == "left" else whole_ids[-cut:]
                 logger.warning(
                     f"A prompt of {len(whole_ids)} tokens was cut to {max_sequence_length}; what was lost: "
-                    f"{self.tokenizer.decode(lost)!r}"
+                    f"{self.tokenizer.decode(list(lost))!r}"
                 )
         return self._encode_tokens(tokens.input_ids, system_prompt, device)
 
@@ -202,7 +225,8 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
 
         text_ids, key_mask, system_length = input_ids, attention_mask, 0
         if system_prompt:
-            system_ids = self.tokenizer(system_prompt, max_length=input_ids.shape[1], truncation=True).input_ids
+            with TOKENIZER_LOCK:
+                system_ids = self.tokenizer(system_prompt, max_length=input_ids.shape[1], truncation=True).input_ids
             system_length = len(system_ids)
             system_ids = torch.tensor([system_ids]).to(device, non_blocking=True).expand(len(input_ids), -1)
             text_ids = torch.cat([system_ids, input_ids], dim=1)
@@ -253,8 +277,20 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
         prompt_attention_mask: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_attention_mask: torch.Tensor | None,
+        system_prompt: str | None = None,
     ) -> None:
         """Check the arguments about text. Raises `ValueError` with what was given and what fits."""
+        tensors = {
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        for name, tensor in tensors.items():
+            if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.ndim == 0):
+                raise ValueError(f"`{name}` must be a torch.Tensor with dimensions, not {tensor!r}.")
+            if tensor is not None and tensors[name.replace("attention_mask", "embeds")] is None:
+                raise ValueError(f"`{name}` belongs to embeddings, and none are given.")
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Pass either `prompt` or `prompt_embeds`, not {given}.")
@@ -270,6 +306,8 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
             raise ValueError(f"`max_sequence_length` must be a positive integer, not {max_sequence_length}.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise ValueError(f"`system_prompt` must be a string, not {system_prompt!r}.")
         batch_size = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
         if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, batch_size):
             raise ValueError(
@@ -288,6 +326,8 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
                 raise ValueError(
                     f"`{name}_embeds` must be of shape (batch_size, tokens, {width}), not {tuple(embeds.shape)}."
                 )
+            if not embeds.isfinite().all():
+                raise ValueError(f"`{name}_embeds` must be finite numbers.")
             if mask is None:
                 raise ValueError(
                     f"`{name}_embeds` need `{name}_attention_mask`: positions follow from it. `encode_prompt` gives both."
@@ -306,6 +346,7 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
                 )
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -407,6 +448,7 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
             prompt_attention_mask,
             negative_prompt_embeds,
             negative_prompt_attention_mask,
+            system_prompt,
         )
         self.check_generation_inputs(
             height,
@@ -418,6 +460,8 @@ class HARTPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGen
             residual_temperature,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+            attention_kwargs,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs

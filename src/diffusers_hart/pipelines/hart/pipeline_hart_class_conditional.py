@@ -12,11 +12,15 @@ from ...loaders.lora_scale import scaled_lora
 from ...models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from ...schedulers import HARTScheduler
 from ..hub import HARTHubMixin
+from .call_state import with_own_state
+from .disk_offload import DiskOffloadMixin
 from .generation import HARTGenerationMixin, is_integer
 from .pipeline_output import HARTPipelineOutput
 
 
-class HARTClassConditionalPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin):
+class HARTClassConditionalPipeline(
+    HARTHubMixin, DiskOffloadMixin, DiffusionPipeline, HARTLoraLoaderMixin, HARTGenerationMixin
+):
     r"""
     Class-conditional generation with HART ([paper](https://huggingface.co/papers/2410.10812), section 4.2).
 
@@ -81,6 +85,7 @@ class HARTClassConditionalPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoad
         return [self.labels[name] for name in labels]
 
     @torch.no_grad()
+    @with_own_state
     def __call__(
         self,
         class_labels: int | list[int] | torch.Tensor,
@@ -149,6 +154,8 @@ class HARTClassConditionalPipeline(HARTHubMixin, DiffusionPipeline, HARTLoraLoad
             residual_temperature,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+            attention_kwargs,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
