@@ -65,9 +65,16 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         smoothing_temperature (`float`, defaults to `0.27`): Temperature of the Gumbel smoothing at the first scale.
         smoothing_decay (`float`, defaults to `0.95`): How much of that temperature is gone at the end.
         min_smoothing_temperature (`float`, defaults to `0.005`): Lower bound of that temperature.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+            Within which progress `k / (K - 1)` of the scales there is guidance. Scales after it are run without an
+            unconditional branch.
+        kept_fractions (`tuple[float, ...]`, defaults to none):
+            Token pruning (in the manner of [FastVAR](https://huggingface.co/papers/2503.23367)): for the last scales,
+            the last one last, which share of their tokens goes through the transformer; `(0.5, 0.25)` is half of the
+            last but one's and a quarter of the last one's.
 
     Raises:
-        ValueError: If a schedule does not grow from a side of 1.
+        ValueError: If a schedule does not grow from a side of 1, or an interval or a fraction is not within [0, 1].
     """
 
     order = 1
@@ -89,10 +96,18 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         smoothing_temperature: float = 0.27,
         smoothing_decay: float = 0.95,
         min_smoothing_temperature: float = 0.005,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        kept_fractions: tuple[float, ...] = (),
     ):
         for schedule in schedules:
             if not schedule or schedule[0] != 1 or any(b <= a for a, b in zip(schedule, schedule[1:])):
                 raise ValueError(f"A schedule must grow from a scale of side 1, not {tuple(schedule)}.")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) within [0, 1], not {tuple(guidance_interval)}."
+            )
+        if not all(0 < fraction <= 1 for fraction in kept_fractions):
+            raise ValueError(f"`kept_fractions` must be above 0 and at most 1, not {tuple(kept_fractions)}.")
 
     def scales(self, latent_size: int) -> tuple[int, ...]:
         """
@@ -117,10 +132,24 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
 
     def guidance(self, guidance_scale: float, scale_index: int, num_scales: int) -> float:
         """
-        The guidance `t` of a scale: a ramp from 0. Guided logits, and guided noise of the residual diffusion, are
-        `(1 + t) * conditional - t * unconditional`.
+        The guidance `t` of a scale: a ramp from 0, and 0 outside of `guidance_interval`. Guided logits, and guided
+        noise of the residual diffusion, are `(1 + t) * conditional - t * unconditional`.
         """
+        start, end = self.config.guidance_interval
+        if not start <= scale_index / max(num_scales - 1, 1) <= end:
+            return 0.0
         return guidance_scale * self.ratio(scale_index, num_scales)
+
+    def is_guided_from(self, scale_index: int, num_scales: int) -> bool:
+        """Whether there is guidance at a scale or at one that follows, if there is any at all."""
+        return any(self.guidance(1.0, k, num_scales) > 0 for k in range(scale_index, num_scales))
+
+    def num_kept_tokens(self, scale_index: int, scales: tuple[int, ...]) -> int | None:
+        """How many tokens of a scale go through the transformer; `None` for all."""
+        position = scale_index - len(scales) + len(self.config.kept_fractions)
+        if position < 0 or scale_index == 0 or self.config.kept_fractions[position] == 1:
+            return None
+        return max(1, round(self.config.kept_fractions[position] * scales[scale_index] ** 2))
 
     def step(
         self,
