@@ -99,9 +99,7 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--from_scratch", action="store_true", help="new transformer and residual MLP, of its sizes")
     group.add_argument("--transformer_config", help="JSON file of arguments of a new transformer, instead of its own")
     group.add_argument("--residual_mlp_config", help="JSON file of arguments of a new residual MLP")
-    group.add_argument(
-        "--compile", action="store_true", help="compile the repeated blocks, with dynamic shapes, and the encoder"
-    )
+    group.add_argument("--compile", action="store_true", help="compile the repeated blocks, with dynamic shapes, and the encoder")
     group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
     add_loss_arguments(parser)
 

@@ -61,7 +61,8 @@ class HARTKVCache:
 
     The last scale's keys and values are not kept, and take next to no memory: each block's lie where those of the block
     before it were, which nothing reads any more. So blocks are stored in descending order, the first one at the end:
-    `key` and `value` have the shape `(batch_size, num_layers * capacity + last_tokens, heads, head_dim)`.
+    `key` and `value` have the shape `(batch_size, 1 + num_layers * capacity + last_tokens, heads, head_dim)`. The one
+    token before them all is there for compilers, to which a block at offset 0 would be a case of its own.
     """
 
     def __init__(self):
@@ -86,7 +87,7 @@ class HARTKVCache:
         offset: torch.Tensor,
     ):
         """Start a picture: room for `capacity` tokens a block, for a batch and in the dtype of tokens `like`."""
-        shape = (len(like), num_layers * capacity + last_tokens, heads, like.shape[-1] // heads)
+        shape = (len(like), 1 + num_layers * capacity + last_tokens, heads, like.shape[-1] // heads)
         dtype = autocast_dtype(like)
         if self.key is None or self.key.shape != shape or self.key.dtype != dtype or self.key.device != like.device:
             self.key, self.value = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(2))
@@ -96,7 +97,7 @@ class HARTKVCache:
 
     def layers(self, new_tokens: int) -> list[HARTKVLayer]:
         """What each block gets at a scale of `new_tokens` tokens."""
-        starts = [(self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
+        starts = [1 + (self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
         total = self.length + new_tokens
         return [
             HARTKVLayer(self.key[:, start : start + total], self.value[:, start : start + total]) for start in starts
