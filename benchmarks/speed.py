@@ -37,6 +37,7 @@ from diffusers_hart import (
     HybridTokenizer,
     ResidualDiffusionMLP,
 )
+from diffusers_hart.pipelines.hart.fast_path import measured_convolutions
 
 
 SECTIONS = ("table", "attention", "decoder", "text", "profile", "scaling")
@@ -384,6 +385,10 @@ def decoder_section(args):
             latents = torch.randn(shape, device=args.device).to(args.dtype)
             latents_last = latents.contiguous(memory_format=torch.channels_last)
 
+            def searched(decoder, latents=latents_last):
+                with measured_convolutions():
+                    return decoder(latents)
+
             def one_by_one(decoder, latents=latents_last):
                 return [decoder(latent) for latent in latents.split(1)]
 
@@ -396,6 +401,7 @@ def decoder_section(args):
                 "eager, channels last": partial(last, latents_last),
                 "compiled": partial(compiled, latents),
                 "compiled, channels last": partial(compiled_last, latents_last),
+                "compiled, channels last, cudnn.benchmark": partial(searched, compiled_last),
                 "compiled, channels last, one by one": partial(one_by_one, compiled_single),
             }
             if args.backend == "inductor" and is_cuda(args):

@@ -179,7 +179,14 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             [`HARTSchedulerOutput`] or `tuple`: codes and, with `smooth`, weights.
         """
-        logits = self.mask_logits(logits.float(), scale_index, top_k, top_p)
+        # What is left of the codebook by top-k is a tenth of it or less: all that follows is done with that alone.
+        logits, codebook_size = logits.float(), logits.shape[-1]
+        num_kept = min(self.num_kept_codes(scale_index, top_k), codebook_size)
+        kept = None
+        if num_kept < codebook_size:
+            logits, kept = logits.topk(num_kept, dim=-1)
+        logits = self.mask_logits(logits, scale_index, num_kept, top_p)
+
         if top_k == 1:
             codes = logits.argmax(-1)
         else:
@@ -188,9 +195,19 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         if smooth:
             noise = _exponential(tuple(logits.shape), logits.device, generator)
             weights = self.smooth_weights(logits, -noise.clamp_min_(1e-20).log_(), scale_index, num_scales)
+        if kept is not None:
+            codes = kept.gather(-1, codes[..., None]).squeeze(-1)
+            if smooth:
+                weights = weights.new_zeros(*weights.shape[:-1], codebook_size).scatter_(-1, kept, weights)
         if not return_dict:
             return codes, weights
         return HARTSchedulerOutput(codes=codes, weights=weights)
+
+    def num_kept_codes(self, scale_index: int, top_k: int | None = None) -> int:
+        """Number of codes a draw chooses from: `top_k` or, without, what is configured for the scale."""
+        if top_k is not None:
+            return top_k
+        return self.config.top_k if scale_index < self.config.first_late_scale else self.config.late_top_k
 
     def mask_logits(
         self, logits: torch.Tensor, scale_index: int, top_k: int | None = None, top_p: float | None = None
@@ -199,8 +216,7 @@ class HARTScheduler(SchedulerMixin, ConfigMixin):
         `logits` of shape `(..., codebook_size)` with minus infinity where a code is out of the draw: not among the
         `top_k` best, nor in the smallest set of best codes that reaches the probability `top_p`.
         """
-        if top_k is None:
-            top_k = self.config.top_k if scale_index < self.config.first_late_scale else self.config.late_top_k
+        top_k = self.num_kept_codes(scale_index, top_k)
         if top_p is None:
             top_p = self.config.top_p
         if top_k < logits.shape[-1]:

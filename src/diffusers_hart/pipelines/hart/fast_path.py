@@ -8,7 +8,8 @@ loop over scales and records each call the first time it is made.
 import copy
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,17 @@ def is_offloaded(*models: nn.Module | None) -> bool:
     )
 
 
+@contextmanager
+def measured_convolutions() -> Iterator[None]:
+    """Where cuDNN tries its algorithms on each new shape and keeps the fastest, instead of guessing."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class PlainRun:
     """One picture drawn by the models as they are."""
 
@@ -106,7 +118,7 @@ class RecordedCall:
                 function(**self.inputs)
         torch.cuda.current_stream(stream.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = function(**self.inputs)
 
     def __call__(self, **inputs) -> Any:
@@ -296,10 +308,11 @@ class FastPath:
             self._decoder = (state, *modules)
         self._decoded_sizes.add(size)
         decode = self.compiled(run_decoder, f"{size[-2]}_{str(latents.dtype).rpartition('.')[2]}", always_static=True)
-        images = [
-            decode(*self._decoder[1:], latent.contiguous(memory_format=torch.channels_last))
-            for latent in latents.split(1)
-        ]
+        with measured_convolutions():
+            images = [
+                decode(*self._decoder[1:], latent.contiguous(memory_format=torch.channels_last))
+                for latent in latents.split(1)
+            ]
         return torch.cat(images).contiguous()
 
     @staticmethod
