@@ -183,11 +183,15 @@ def tf32(args, pipe, sizes, batch_sizes):
 
 
 def quantized(kind, args, pipe, sizes, batch_sizes):
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig, quantize_
+    import torchao.quantization as torchao
 
-    config = {"fp8": Float8DynamicActivationFloat8WeightConfig, "int8": Int8WeightOnlyConfig}[kind]()
+    configs = {
+        "fp8": torchao.Float8DynamicActivationFloat8WeightConfig,
+        "int8": torchao.Int8DynamicActivationInt8WeightConfig,
+        "int8-weights": torchao.Int8WeightOnlyConfig,
+    }
     # The linears of the blocks, which do the work; heads stay in float32.
-    quantize_(pipe.transformer.transformer_blocks, config)
+    torchao.quantize_(pipe.transformer.transformer_blocks, configs[kind]())
     fast_path(args, pipe, sizes, batch_sizes)
 
 
@@ -208,6 +212,7 @@ MODES = {
     "pruned": partial(fast_path, scheduler={"kept_fractions": (0.5, 0.25)}),
     "fp8": partial(quantized, "fp8"),
     "int8": partial(quantized, "int8"),
+    "int8-weights": partial(quantized, "int8-weights"),
 }
 DEFAULT_MODES = ("eager", "blocks", "graphs", "fast", "guidance-ends", "pruned")
 

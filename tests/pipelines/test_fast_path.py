@@ -149,7 +149,7 @@ def test_adapters_and_fused_projections_before_and_after(tiny, change, before):
         draw(fast)
         apply(fast)
     assert torch.allclose(draw(fast), draw(plain), atol=1e-4)
-    if change == "adapter":
+    if change == "adapter" and not before:
         for pipe in (plain, fast):
             pipe.transformer.disable_adapters()
         assert torch.allclose(draw(fast), draw(tiny.pipe), atol=1e-4)
@@ -160,7 +160,7 @@ def test_adapters_and_fused_projections_before_and_after(tiny, change, before):
 
 
 def test_several_sizes_and_numbers_of_a_class_model():
-    schedules = ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 6))
+    schedules = ((1, 2, 3, 4, 6), (1, 2, 4))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = HARTClassConditionalPipeline(
@@ -172,7 +172,7 @@ def test_several_sizes_and_numbers_of_a_class_model():
                 attention_head_dim=8,
                 caption_channels=None,
                 num_classes=3,
-                sample_size=9,
+                sample_size=6,
             ).eval(),
             HybridTokenizer(
                 latent_channels=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, codebook_size=32
@@ -182,9 +182,9 @@ def test_several_sizes_and_numbers_of_a_class_model():
             HARTResidualScheduler(),
         )
     pipe.set_progress_bar_config(disable=True)
-    cases = [(height, labels) for height in (18, 12) for labels in ([1], [0, 2])]
+    cases = [(height, labels) for height in (12, 8) for labels in ([1], [0, 2])]
     expected = [draw(pipe, labels, height=height) for height, labels in cases]
-    pipe.enable_fast_path(heights=(18, 12), batch_sizes=(1, 2), compile_options=EAGER)
+    pipe.enable_fast_path(heights=(12, 8), batch_sizes=(1, 2), compile_options=EAGER)
     with torch.compiler.set_stance("fail_on_recompile"):
         for (height, labels), images in zip(cases, expected):
             assert torch.allclose(draw(pipe, labels, height=height), images, atol=1e-4)
