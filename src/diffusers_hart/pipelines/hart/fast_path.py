@@ -161,7 +161,8 @@ class FastRun:
             inputs |= condition
         inputs = {name: value for name, value in inputs.items() if value is not None}
         block = self.path.compiled(run_block, f"{self.label}_{scale_index}")
-        before = dict(vars(kv_cache))
+        # As it is now, for each time this is run; but the buffers that the first scale allocates stay.
+        before = {name: value for name, value in vars(kv_cache).items() if value is not None}
 
         def predict(hidden_states=None, **tensors):
             vars(kv_cache).update(before)
