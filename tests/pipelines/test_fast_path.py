@@ -198,6 +198,13 @@ def test_one_warning_where_it_cannot_work(tiny, caplog):
     offloaded.enable_fast_path(compile_options=EAGER)
     assert [message[:47] for message in warnings_of(caplog)] == ["The fast path needs models that stay on their d"]
 
+    late = HARTPipeline(**{name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()})
+    late.set_progress_bar_config(disable=True)
+    late.enable_fast_path(cuda_graphs=False, compile_models=False)
+    for name in ("text_encoder", "transformer", "residual_mlp", "vae"):
+        cpu_offload(getattr(late, name), execution_device="cpu")
+    assert torch.allclose(draw(late), draw(tiny.pipe), atol=1e-4)
+
     def broken(graph, example_inputs):
         raise RuntimeError("no compiler")
 
@@ -259,3 +266,15 @@ def test_token_pruning(tiny):
     assert torch.allclose(draw(pruned), image, atol=1e-3)
     whole = pipeline(tiny, scheduler=HARTScheduler(**schedule, kept_fractions=(1.0, 1.0)))
     assert torch.equal(draw(whole), draw(tiny.pipe))
+
+
+def test_weights_that_are_written_over_are_those_that_draw(tiny):
+    pipe = pipeline(tiny, vae=copy.deepcopy(tiny.pipe.vae))
+    pipe.enable_fast_path(compile_options=EAGER)
+    before = draw(pipe)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(0.25)
+    changed = draw(pipe)
+    pipe.disable_fast_path()
+    assert torch.allclose(changed, draw(pipe), atol=1e-5)
+    assert not torch.allclose(changed, before, atol=0.05)

@@ -249,6 +249,15 @@ class FastPath:
             self._compiled[name] = function
         return self._compiled[name]
 
+    def stays_here(self, *models: nn.Module | None) -> bool:
+        """Whether models are on the device, and no offloading that was enabled since will take them from it."""
+        return all(
+            model is None
+            or not (hasattr(model, "_hf_hook") or hasattr(model, "_diffusers_hook"))
+            and next(model.parameters()).device == self.device
+            for model in models
+        )
+
     def borrow(self, pipe: Any, condition: dict[str, torch.Tensor], batch_size: int, scales: tuple[int, ...]):
         """The [`FastRun`] for such a picture, to be given back; `None` if it is not prepared for or in use."""
         tensor = next(iter(condition.values()))
@@ -261,7 +270,10 @@ class FastPath:
             tuple(config.guidance_interval),
             tuple(config.kept_fractions),
         )
-        if tensor.device != self.device or torch.is_autocast_enabled(self.device.type) or torch.is_grad_enabled():
+        models = (pipe.transformer, pipe.residual_mlp)
+        if tensor.device != self.device or not self.stays_here(*models):
+            return None
+        if torch.is_autocast_enabled(self.device.type) or torch.is_grad_enabled():
             return None
         if key not in self._runs and not self.accepts_new:
             if key not in self._told:
@@ -275,7 +287,7 @@ class FastPath:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            state = (state_of(pipe.transformer), None if pipe.residual_mlp is None else state_of(pipe.residual_mlp))
+            state = tuple(None if model is None else state_of(model) for model in models)
             if state != self._model_state:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
@@ -283,7 +295,7 @@ class FastPath:
                 self._model_state = state
             if self._runs.get(key) is None:
                 label = f"{batch_size}_{len(tensor)}_{scales[-1]}"
-                self._runs[key] = FastRun(self, pipe.transformer, pipe.residual_mlp, label)
+                self._runs[key] = FastRun(self, *models, label)
             return self._runs[key]
         except BaseException:
             self._lock.release()
@@ -298,11 +310,12 @@ class FastPath:
         one; `None` if nothing is prepared for their size.
         """
         size = (*latents.shape[1:], latents.dtype)
-        if latents.device != self.device or not self.compiles:
+        if latents.device != self.device or not self.compiles or not self.stays_here(vae):
             return None
         if size not in self._decoded_sizes and not self.accepts_new:
             return None
-        state = tuple(parameter.data_ptr() for parameter in vae.decoder.parameters())
+        weights = (parameter for module in self._decoder_of(vae) for parameter in module.parameters())
+        state = tuple((parameter.data_ptr(), parameter._version) for parameter in weights)
         if self._decoder is None or self._decoder[0] != state:
             # A copy: the eager decoder is faster in the usual layout, the compiled one in this.
             modules = (copy.deepcopy(module).to(memory_format=torch.channels_last) for module in self._decoder_of(vae))
