@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 import torch
 
 from diffusers_hart import HybridTokenizer, ResidualDiffusionMLP
@@ -26,3 +27,15 @@ def test_published_sizes():
         mlp, tokenizer = ResidualDiffusionMLP(), HybridTokenizer()
     assert round(sum(parameter.numel() for parameter in mlp.parameters()) / 1e6, 1) == 36.6
     assert round(sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6, 1) == 108.9
+
+
+@torch.no_grad()
+def test_a_condition_embedded_beforehand(model):
+    mlp, sample, timestep = model.pipe.residual_mlp, model["mlp.sample"], model["mlp.timestep"]
+    embeds = mlp.embed_condition(model["mlp.condition"])
+    expected = mlp(sample, timestep, model["mlp.condition"]).sample
+    assert torch.equal(mlp(sample, timestep, condition_embeds=embeds).sample, expected)
+    with pytest.raises(ValueError, match="either `condition` or `condition_embeds`, not neither"):
+        mlp(sample, timestep)
+    with pytest.raises(ValueError, match="either `condition` or `condition_embeds`, not both"):
+        mlp(sample, timestep, model["mlp.condition"], condition_embeds=embeds)

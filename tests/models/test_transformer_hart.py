@@ -61,7 +61,9 @@ def test_generation_with_a_cache_equals_teacher_forcing(model, assert_close):
     ]
     assert_close(torch.cat(logits, dim=1), model["tf.logits"])
     kept = model["in.prompt_embeds"].shape[1] + sum(side * side for side in model.scales[1:-1])
-    assert all(layer.key.shape[1] == layer.length == kept for layer in kv_cache.layers)  # not the last scale
+    num_layers = len(model.pipe.transformer.transformer_blocks)
+    for buffer in (kv_cache.key, kv_cache.value):  # room for one last scale, not for one a block
+        assert buffer.shape[1] == 1 + num_layers * kept + model.scales[-1] ** 2
 
 
 @torch.no_grad()
@@ -193,3 +195,29 @@ def test_published_size():
     with torch.device("meta"):
         transformer = HARTTransformer2DModel()
     assert 695e6 < sum(parameter.numel() for parameter in transformer.parameters()) < 697e6
+
+
+@torch.no_grad()
+def test_guided_logits_are_those_of_the_halves_guided(tiny, assert_close):
+    arguments = (tiny["tok.scale_inputs"], tiny.scales, tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"])
+    conditional, unconditional = tiny.pipe.transformer(*arguments).logits.chunk(2)
+    for guidance in (0.0, 3.0, torch.tensor(3.0)):
+        guided = tiny.pipe.transformer(*arguments, guidance=guidance).logits
+        assert_close(guided, (1 + guidance) * conditional - guidance * unconditional, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pruned_tokens_take_the_output_of_the_scale_before(tiny):
+    transformer, scales = tiny.pipe.transformer, tiny.scales
+    kv_cache = HARTKVCache()
+    inputs = [None, *tiny["tok.scale_inputs"].split([side * side for side in scales[1:]], dim=1)]
+    condition = (tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"])
+    for k in range(4):
+        before = transformer(inputs[k], scales, *condition, scale_index=k, kv_cache=kv_cache).hidden_states
+    kept = torch.tensor([[7, 0, 35]]).expand(len(before), -1)  # of 6 x 6, the scale before being 4 x 4
+    output = transformer(inputs[4], scales, scale_index=4, kv_cache=kv_cache, kept_tokens=kept)
+    assert output.logits.shape[1] == 36
+    nearest = before.unflatten(1, (4, 4))
+    for row, column, coarse in ((0, 1, (0, 1)), (2, 3, (1, 2)), (5, 0, (3, 0))):
+        assert torch.equal(output.hidden_states[:, 6 * row + column], nearest[:, coarse[0], coarse[1]])
+    assert not torch.equal(output.hidden_states[:, 7], nearest[:, 0, 0])

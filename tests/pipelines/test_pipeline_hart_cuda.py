@@ -161,3 +161,73 @@ def test_float8_storage_saves_memory_and_draws(tiny):
     stored.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     assert stored.transformer.get_memory_footprint() < before
     assert on_cpu_noise(stored.to("cuda")).isfinite().all()
+
+
+def copied(tiny, **changes):
+    pipe = HARTPipeline(**{**{name: copy.deepcopy(part) for name, part in tiny.pipe.components.items()}, **changes})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda")
+
+
+def golden_arguments(tiny):
+    return {
+        "prompt_embeds": tiny["in.prompt_embeds"].cuda(),
+        "prompt_attention_mask": tiny["in.prompt_attention_mask"].cuda(),
+        "guidance_scale": tiny["e2e.guidance"].item(),
+        "latents": tiny["e2e.residual_noise"].transpose(1, 2).unflatten(2, (6, 6)),
+        "top_k": 1,
+        "smooth": False,
+        "residual_temperature": 0,
+        "output_type": "pt",
+    }
+
+
+@pytest.mark.parametrize("options", [{"compile_models": False}, {}, {"static_shapes": True}])
+def test_the_fast_path_gives_the_tokens_and_the_picture_of_the_original(tiny, monkeypatch, options):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    scheduler = RecordingScheduler(schedules=(tiny.scales,))
+    pipe = copied(tiny, scheduler=scheduler)
+    scheduler.codes = []
+    arguments = golden_arguments(tiny)
+    batch_size, tokens = arguments["prompt_embeds"].shape[:2]
+    pipe.enable_fast_path(batch_sizes=batch_size, max_sequence_length=tokens, **options)
+    assert pipe._fast_path is not None
+    for prompt_embeds in (torch.randn_like(arguments["prompt_embeds"]), arguments["prompt_embeds"]):
+        scheduler.codes.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            image = pipe(**{**arguments, "prompt_embeds": prompt_embeds}).images
+    assert torch.equal(torch.cat(scheduler.codes, dim=1).cpu(), tiny["e2e.tokens"])
+    assert torch.allclose(image.cpu(), tiny["e2e.image"], atol=1e-3)
+
+
+def test_recorded_graphs_follow_adapters_and_early_ends_of_guidance(tiny):
+    config = {"schedules": (tiny.scales,), "guidance_interval": (0.0, 0.6), "kept_fractions": (0.5, 0.5)}
+    plain, fast = (copied(tiny, scheduler=HARTScheduler(**config)) for _ in range(2))
+    fast.enable_fast_path(compile_models=False)
+
+    def draw(pipe):
+        generator = torch.Generator("cuda").manual_seed(0)
+        return pipe("a red circle", generator=generator, output_type="pt", smooth=False).images
+
+    for _ in range(2):
+        assert torch.allclose(draw(fast), draw(plain), atol=1e-3)
+    for pipe in (plain, fast):
+        pipe.transformer.fuse_qkv_projections()
+    assert torch.allclose(draw(fast), draw(plain), atol=1e-3)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_nothing_waits_for_the_device_between_the_prompt_and_the_picture(tiny, fast):
+    pipe = copied(tiny)
+    arguments = golden_arguments(tiny) | {"top_k": None, "smooth": True, "residual_temperature": 1.0}
+    arguments["latents"] = arguments["latents"].cuda()
+    if fast:
+        batch_size, tokens = arguments["prompt_embeds"].shape[:2]
+        pipe.enable_fast_path(batch_sizes=batch_size, max_sequence_length=tokens, compile_models=False)
+    generator = torch.Generator("cuda").manual_seed(0)
+    pipe(**arguments, generator=generator)  # tables that are kept are made here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pipe(**arguments, generator=generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

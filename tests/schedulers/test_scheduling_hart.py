@@ -119,3 +119,39 @@ def test_without_a_generator_draws_differ_and_with_one_the_global_state_is_left_
 def test_logits_that_are_no_numbers_draw_codes_that_exist(logits):
     codes = HARTScheduler().step(torch.full_like(logits, torch.nan), 3, 14, smooth=False).codes
     assert codes.min() >= 0 and codes.max() < logits.shape[-1]
+
+
+def test_soft_weights_fall_on_the_codes_of_the_draw_alone(logits):
+    step = HARTScheduler().step(logits, 3, 14, top_k=4, generator=torch.Generator().manual_seed(0))
+    best = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(4).indices, True)
+    assert not step.weights[~best].any()
+    assert torch.allclose(step.weights.sum(-1), torch.ones(2, 5))
+    assert best.gather(-1, step.codes[..., None]).all()
+
+
+def test_guidance_within_an_interval():
+    scheduler = HARTScheduler(guidance_interval=(0.2, 0.8))
+    ramp = [scheduler.guidance(4.5, k, 14) for k in range(14)]
+    whole = [HARTScheduler().guidance(4.5, k, 14) for k in range(14)]
+    assert [k for k in range(14) if ramp[k]] == list(range(3, 11))
+    assert ramp[3:11] == whole[3:11]
+    assert [scheduler.is_guided_from(k, 14) for k in (0, 10, 11)] == [True, True, False]
+
+
+def test_numbers_of_kept_tokens():
+    scheduler, scales = HARTScheduler(kept_fractions=(0.5, 0.25)), (1, 2, 3, 4, 6)
+    assert [scheduler.num_kept_tokens(k, scales) for k in range(5)] == [None, None, None, 8, 9]
+    assert HARTScheduler().num_kept_tokens(4, scales) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"guidance_interval": (0.5, 0.2)}, r"`guidance_interval` must be .start, end. within .0, 1., not .0.5, 0.2."),
+        ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval` must be"),
+        ({"kept_fractions": (0.5, 0.0)}, r"`kept_fractions` must be above 0 and at most 1, not .0.5, 0.0."),
+    ],
+)
+def test_shares_out_of_range(config, message):
+    with pytest.raises(ValueError, match=message):
+        HARTScheduler(**config)

@@ -9,6 +9,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .strict_loading import StrictLoadingMixin
 
@@ -87,8 +88,9 @@ class ResidualDiffusionMLP(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | int | float,
-        condition: torch.Tensor,
+        condition: torch.Tensor | None = None,
         return_dict: bool = True,
+        condition_embeds: torch.Tensor | None = None,
     ) -> ResidualDiffusionMLPOutput | tuple:
         r"""
         Predict the noise in noisy residuals.
@@ -100,15 +102,26 @@ class ResidualDiffusionMLP(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
             condition (`torch.Tensor` of shape `(..., condition_dim)`):
                 What [`HARTTransformer2DModel.residual_condition`] gives for these tokens.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ResidualDiffusionMLPOutput`] or a tuple.
+            condition_embeds (`torch.Tensor` of shape `(..., hidden_size)`, *optional*):
+                What [`~ResidualDiffusionMLP.embed_condition`] gives, instead of `condition`: it is the same at all
+                timesteps.
 
         Returns:
             [`ResidualDiffusionMLPOutput`] or `tuple`: noise and variance of shape `(..., 2 * in_channels)`.
+
+        Raises:
+            ValueError: If both `condition` and `condition_embeds` are given, or neither.
         """
-        if not isinstance(timestep, torch.Tensor) or timestep.ndim == 0:
+        if (condition is None) == (condition_embeds is None):
+            given = "neither" if condition is None else "both"
+            raise ValueError(f"Pass either `condition` or `condition_embeds`, not {given}.")
+        if condition_embeds is None:
+            condition_embeds = self.embed_condition(condition)
+        if not isinstance(timestep, torch.Tensor) or (timestep.ndim == 0 and timestep.device != sample.device):
             timestep = torch.full((), float(timestep), device=sample.device)  # no copy that waits for the device
         time_proj = self.time_proj(timestep.flatten()).to(sample.dtype)
         time_embeds = self.time_embedder(time_proj).unflatten(0, timestep.shape or (1,))
-        conditioning = F.silu(time_embeds + self.condition_embedder(condition))
+        conditioning = F.silu(time_embeds + condition_embeds)
 
         hidden_states = self.proj_in(sample)
         for block in self.blocks:
@@ -122,3 +135,8 @@ class ResidualDiffusionMLP(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         if not return_dict:
             return (output,)
         return ResidualDiffusionMLPOutput(sample=output)
+
+    @apply_forward_hook
+    def embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
+        """The part of the conditioning that is the same at all timesteps: `(..., condition_dim)` to `(..., hidden_size)`."""
+        return self.condition_embedder(condition)

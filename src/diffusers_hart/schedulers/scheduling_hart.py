@@ -67,6 +67,13 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         smoothing_temperature (`float`, defaults to `0.27`): Temperature of the Gumbel smoothing at the first scale.
         smoothing_decay (`float`, defaults to `0.95`): How much of that temperature is gone at the end.
         min_smoothing_temperature (`float`, defaults to `0.005`): Lower bound of that temperature.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+            Within which progress `k / (K - 1)` of the scales there is guidance. Scales after it are run without an
+            unconditional branch.
+        kept_fractions (`tuple[float, ...]`, defaults to none):
+            Token pruning (in the manner of [FastVAR](https://huggingface.co/papers/2503.23367)): for the last scales,
+            the last one last, which share of their tokens goes through the transformer; `(0.5, 0.25)` is half of the
+            last but one's and a quarter of the last one's.
 
     Raises:
         ValueError: If a schedule does not grow from a side of 1, or another value is out of range.
@@ -92,6 +99,8 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         smoothing_temperature: float = 0.27,
         smoothing_decay: float = 0.95,
         min_smoothing_temperature: float = 0.005,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        kept_fractions: tuple[float, ...] = (),
     ):
         for schedule in schedules:
             whole = all(isinstance(side, int) for side in schedule)
@@ -106,6 +115,12 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
                 "`smoothing_temperature` and `min_smoothing_temperature` must be above 0, not "
                 f"{smoothing_temperature} and {min_smoothing_temperature}."
             )
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) within [0, 1], not {tuple(guidance_interval)}."
+            )
+        if not all(0 < fraction <= 1 for fraction in kept_fractions):
+            raise ValueError(f"`kept_fractions` must be above 0 and at most 1, not {tuple(kept_fractions)}.")
 
     def scales(self, latent_size: int) -> tuple[int, ...]:
         """
@@ -130,10 +145,24 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
 
     def guidance(self, guidance_scale: float, scale_index: int, num_scales: int) -> float:
         """
-        The guidance `t` of a scale: a ramp from 0. Guided logits, and guided noise of the residual diffusion, are
-        `(1 + t) * conditional - t * unconditional`.
+        The guidance `t` of a scale: a ramp from 0, and 0 outside of `guidance_interval`. Guided logits, and guided
+        noise of the residual diffusion, are `(1 + t) * conditional - t * unconditional`.
         """
+        start, end = self.config.guidance_interval
+        if not start <= scale_index / max(num_scales - 1, 1) <= end:
+            return 0.0
         return guidance_scale * self.ratio(scale_index, num_scales)
+
+    def is_guided_from(self, scale_index: int, num_scales: int) -> bool:
+        """Whether there is guidance at a scale or at one that follows, if there is any at all."""
+        return any(self.guidance(1.0, k, num_scales) > 0 for k in range(scale_index, num_scales))
+
+    def num_kept_tokens(self, scale_index: int, scales: tuple[int, ...]) -> int | None:
+        """How many tokens of a scale go through the transformer; `None` for all."""
+        position = scale_index - len(scales) + len(self.config.kept_fractions)
+        if position < 0 or scale_index == 0 or self.config.kept_fractions[position] == 1:
+            return None
+        return max(1, round(self.config.kept_fractions[position] * scales[scale_index] ** 2))
 
     def step(
         self,
@@ -163,7 +192,14 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         Returns:
             [`HARTSchedulerOutput`] or `tuple`: codes and, with `smooth`, weights.
         """
-        logits = self.mask_logits(logits.float(), scale_index, top_k, top_p)
+        # What is left of the codebook by top-k is a tenth of it or less: all that follows is done with that alone.
+        logits, codebook_size = logits.float(), logits.shape[-1]
+        num_kept = min(self.num_kept_codes(scale_index, top_k), codebook_size)
+        kept = None
+        if num_kept < codebook_size:
+            logits, kept = logits.topk(num_kept, dim=-1)
+        logits = self.mask_logits(logits, scale_index, num_kept, top_p)
+
         if top_k == 1:
             codes = logits.argmax(-1)
         else:
@@ -172,9 +208,19 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         if smooth:
             noise = _exponential(tuple(logits.shape), logits.device, generator)
             weights = self.smooth_weights(logits, -noise.clamp_min_(1e-20).log_(), scale_index, num_scales)
+        if kept is not None:
+            codes = kept.gather(-1, codes[..., None]).squeeze(-1)
+            if smooth:
+                weights = weights.new_zeros(*weights.shape[:-1], codebook_size).scatter_(-1, kept, weights)
         if not return_dict:
             return codes, weights
         return HARTSchedulerOutput(codes=codes, weights=weights)
+
+    def num_kept_codes(self, scale_index: int, top_k: int | None = None) -> int:
+        """Number of codes a draw chooses from: `top_k` or, without, what is configured for the scale."""
+        if top_k is not None:
+            return top_k
+        return self.config.top_k if scale_index < self.config.first_late_scale else self.config.late_top_k
 
     def mask_logits(
         self, logits: torch.Tensor, scale_index: int, top_k: int | None = None, top_p: float | None = None
@@ -183,8 +229,7 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         `logits` of shape `(..., codebook_size)` with minus infinity where a code is out of the draw: not among the
         `top_k` best, nor in the smallest set of best codes that reaches the probability `top_p`.
         """
-        if top_k is None:
-            top_k = self.config.top_k if scale_index < self.config.first_late_scale else self.config.late_top_k
+        top_k = self.num_kept_codes(scale_index, top_k)
         if top_p is None:
             top_p = self.config.top_p
         if top_k < logits.shape[-1]:

@@ -87,6 +87,19 @@ def bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tens
     return F.interpolate(columns, size=(target, 1), mode="bicubic")[0, :, :, 0].T.contiguous()
 
 
+@lru_cache
+@torch.inference_mode(False)
+@torch.no_grad()
+def area_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """
+    PyTorch's area interpolation of `source` values to `target` as a matrix `(target, source)`, float32: means over
+    windows that grow as `source / target` does. For a small target its kernel for CUDA has few threads, each of which
+    adds up much of the latent alone.
+    """
+    rows = torch.eye(source, device=device)[:, None]
+    return F.interpolate(rows, size=target, mode="area")[:, 0].T.contiguous()
+
+
 class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     HART's hybrid tokenizer (section 3.1 of the [paper](https://huggingface.co/papers/2410.10812)): a convolutional
@@ -455,7 +468,11 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         return distances.argmin(-1)
 
     def _pool(self, latents: torch.Tensor, side: int) -> torch.Tensor:
-        return latents if side == latents.shape[-1] else F.interpolate(latents, size=(side, side), mode="area")
+        if side == latents.shape[-1]:
+            return latents
+        pool = area_matrix(latents.shape[-1], side, latents.device)
+        with without_autocast(latents.device):
+            return pool @ latents.float() @ pool.T
 
     def _spread(
         self, code_embeds: torch.Tensor, scale_index: int, scales: Sequence[int], phi_at_last_scale: bool = False

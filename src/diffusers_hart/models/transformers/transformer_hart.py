@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -38,53 +38,99 @@ class HARTTransformer2DModelOutput(BaseOutput):
     )
 
 
-class HARTKVLayerCache:
-    """Keys and values of one block, in buffers of shape `(batch_size, capacity, heads, head_dim)` filled by index."""
+class HARTKVLayer(NamedTuple):
+    """
+    Keys and values of one block, views of a [`HARTKVCache`] of shape `(batch_size, tokens, heads, head_dim)`. The last
+    tokens are those of the scale being predicted: the block writes them before it attends to all.
+    """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
+    key: torch.Tensor
+    value: torch.Tensor
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens so far, the new ones last. What does not fit the capacity is not kept."""
-        if self.key is None:
-            self.key = key.new_empty(key.shape[0], self.capacity, *key.shape[2:])
-            self.value = value.new_empty(value.shape[0], self.capacity, *value.shape[2:])
-        start, end = self.length, self.length + key.shape[1]
-        if end > self.capacity:  # the last scale: nothing comes after it
-            return torch.cat([self.key[:, :start], key], dim=1), torch.cat([self.value[:, :start], value], dim=1)
-        self.key[:, start:end] = key
-        self.value[:, start:end] = value
-        self.length = end
-        return self.key[:, :end], self.value[:, :end]
+        """Write the scale's keys and values; returns those of all tokens."""
+        start = self.key.shape[1] - key.shape[1]
+        self.key[:, start:] = key
+        self.value[:, start:] = value
+        return self.key, self.value
 
 
 class HARTKVCache:
     """
     What generation carries from scale to scale: the keys and values of every block and what the condition decided
-    once, the modulation of the norms and where the picture's coordinates start. Made empty for each picture, filled by
-    [`HARTTransformer2DModel.forward`], dropped before decoding. The last scale's keys and values are never kept.
+    once, the modulation of the norms and where the picture's coordinates start. Filled by
+    [`HARTTransformer2DModel.forward`], whose scale 0 starts it anew, dropped before decoding.
+
+    The last scale's keys and values are not kept, and take next to no memory: each block's lie where those of the block
+    before it were, which nothing reads any more. So blocks are stored in descending order, the first one at the end:
+    `key` and `value` have the shape `(batch_size, 1 + num_layers * capacity + last_tokens, heads, head_dim)`. The one
+    token before them all is there for compilers, to which a block at offset 0 would be a case of its own.
     """
 
     def __init__(self):
-        self.layers: list[HARTKVLayerCache] = []
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.num_layers = 0
+        self.capacity = 0
+        self.length = 0
         self.num_scales = 0
         self.temb: torch.Tensor | None = None
         self.offset: torch.Tensor | None = None
+        self.hidden_states: torch.Tensor | None = None
 
-    def open(self, num_layers: int, capacity: int, temb: torch.Tensor, offset: torch.Tensor):
-        self.layers = [HARTKVLayerCache(capacity) for _ in range(num_layers)]
-        self.num_scales = 0
+    def open(
+        self,
+        num_layers: int,
+        capacity: int,
+        last_tokens: int,
+        heads: int,
+        like: torch.Tensor,
+        temb: torch.Tensor,
+        offset: torch.Tensor,
+    ):
+        """Start a picture: room for `capacity` tokens a block, for a batch and in the dtype of tokens `like`."""
+        shape = (len(like), 1 + num_layers * capacity + last_tokens, heads, like.shape[-1] // heads)
+        dtype = autocast_dtype(like)
+        if self.key is None or self.key.shape != shape or self.key.dtype != dtype or self.key.device != like.device:
+            self.key, self.value = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(2))
+        self.num_layers, self.capacity = num_layers, capacity
+        self.length = self.num_scales = 0
         self.temb, self.offset = temb, offset
+
+    def layers(self, new_tokens: int) -> list[HARTKVLayer]:
+        """What each block gets at a scale of `new_tokens` tokens."""
+        starts = [1 + (self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
+        total = self.length + new_tokens
+        return [
+            HARTKVLayer(self.key[:, start : start + total], self.value[:, start : start + total]) for start in starts
+        ]
+
+    def close_scale(self, new_tokens: int, hidden_states: torch.Tensor):
+        """Count a scale that all blocks have written; `hidden_states` is what the last one made of it."""
+        self.length += new_tokens
+        self.num_scales += 1
+        self.hidden_states = hidden_states
+
+    def keep_samples(self, batch_size: int):
+        """Forget all but the first samples of the batch; nothing is copied."""
+        self.key, self.value, self.offset = self.key[:batch_size], self.value[:batch_size], self.offset[:batch_size]
+        self.temb, self.hidden_states = self.temb[:batch_size], self.hidden_states[:batch_size]
+
+
+def autocast_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """What linear layers make of `hidden_states`."""
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden_states.dtype
 
 
 class HARTRotaryPosEmbed:
     """
     Rotary embeddings: one-dimensional for text, two-dimensional for the tokens of a scale. Angles are float32; cosines
     and sines have the shape `(batch_size, tokens, 1, head_dim)` and belong to a rotation of halves, in which element
-    `i` pairs with `i + head_dim / 2`.
+    `i` pairs with `i + head_dim / 2`: the sines of the first half are negative, so that [`apply_rotary_emb`] need only
+    swap the halves.
     """
 
     def __init__(self, head_dim: int, theta: float):
@@ -112,7 +158,9 @@ class HARTRotaryPosEmbed:
         return self.theta ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
 
     def _cos_sin(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return angles.cos()[:, :, None], angles.sin()[:, :, None]
+        sin = angles.sin()
+        sin[..., : self.head_dim // 2].neg_()
+        return angles.cos()[:, :, None], sin[:, :, None]
 
 
 def scale_coordinates(scales: Sequence[int], scale_index: int, device: torch.device) -> torch.Tensor:
@@ -123,15 +171,26 @@ def scale_coordinates(scales: Sequence[int], scale_index: int, device: torch.dev
 
 def apply_rotary_emb(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     cos, sin = rotary_emb
-    first, second = hidden_states.float().chunk(2, dim=-1)
-    return hidden_states * cos + torch.cat([-second, first], dim=-1) * sin
+    first, second = hidden_states.chunk(2, dim=-1)
+    return torch.addcmul(hidden_states * cos, torch.cat([second, first], dim=-1), sin)
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """
+    RMS norm over the last dimension with float32 statistics: one fused kernel, in and out in the dtype of
+    `hidden_states` under autocast too, which would write float32.
+    """
+    shape = hidden_states.shape[-1:]
+    weight = None if weight is None else weight.to(hidden_states.dtype)
+    if not torch.is_autocast_enabled(hidden_states.device.type):
+        return F.rms_norm(hidden_states, shape, weight, eps)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.rms_norm(hidden_states, shape, weight, eps)
 
 
 class HARTRMSNorm(nn.RMSNorm):
-    """RMS norm with float32 statistics; one fused kernel also where autocast meets a float32 weight."""
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class HARTAttnProcessor:
@@ -150,7 +209,7 @@ class HARTAttnProcessor:
         hidden_states: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         segments: Sequence[int] | None = None,
-        kv_cache: HARTKVLayerCache | None = None,
+        kv_cache: HARTKVLayer | None = None,
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -159,11 +218,10 @@ class HARTAttnProcessor:
         query, key, value = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (query, key, value))
 
         if attn.logit_scale is not None:
-            logit_scale = attn.logit_scale.float().clamp(max=math.log(100)).exp()
-            query = F.normalize(query.float(), dim=-1) * logit_scale[:, None]
-            key = F.normalize(key.float(), dim=-1)
-        query = apply_rotary_emb(query, rotary_emb).to(value.dtype)
-        key = apply_rotary_emb(key, rotary_emb).to(value.dtype)
+            # Of root mean square 1, not of length 1: the softmax scale makes up for it.
+            query, key = rms_norm(query, None, eps=1e-24), rms_norm(key, None, eps=1e-24)
+            query = query * attn.logit_scale.float().clamp(max=math.log(100)).exp()[:, None].to(query.dtype)
+        query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
 
         if kv_cache is not None:
             key, value = kv_cache.append(key, value)
@@ -179,7 +237,8 @@ class HARTAttnProcessor:
                 parallel_config=self._parallel_config,
             )
             outputs.append(output)
-        hidden_states = torch.cat(outputs, dim=1).flatten(2).to(hidden_states.dtype)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        hidden_states = output.flatten(2).to(hidden_states.dtype)
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
@@ -200,7 +259,7 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
         # exp(logit_scale) is the inverse temperature of a head's cosine similarities; VAR starts it at 4.
         self.logit_scale = nn.Parameter(torch.full((heads,), math.log(4.0))) if qk_norm else None
         # A quarter of the usual scale: the pretrained weights without cosine similarity were trained with it.
-        self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(dim // heads)
+        self.softmax_scale = heads / dim if qk_norm else 0.25 / math.sqrt(dim // heads)
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -265,7 +324,7 @@ class HARTTransformerBlock(nn.Module):
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         temb: torch.Tensor | None = None,
         segments: Sequence[int] | None = None,
-        kv_cache: HARTKVLayerCache | None = None,
+        kv_cache: HARTKVLayer | None = None,
     ) -> torch.Tensor:
         # The pretrained weights use one norm weight before the attention and before the MLP.
         attention = {"rotary_emb": rotary_emb, "segments": segments, "kv_cache": kv_cache}
@@ -290,6 +349,10 @@ class HARTLevelEmbedding(nn.Module):
 
     def forward(self, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.embedder(self.proj(levels).to(dtype))
+
+
+def _run_block(block: HARTTransformerBlock, *arguments) -> torch.Tensor:
+    return block(*arguments)
 
 
 class Float32Linear(nn.Linear):
@@ -425,6 +488,8 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         scale_index: int | None = None,
         kv_cache: HARTKVCache | None = None,
         kept_tokens: torch.LongTensor | None = None,
+        guidance: float | torch.Tensor | None = None,
+        run_block: Callable[..., torch.Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> HARTTransformer2DModelOutput | tuple:
@@ -445,7 +510,15 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
             scale_index (`int`, *optional*): The scale to predict, counted from 0; `None` is teacher forcing.
             kv_cache ([`HARTKVCache`], *optional*): The cache that the scales before were run with.
             kept_tokens (`torch.LongTensor` of shape `(batch_size, kept)`, *optional*):
-                Token drop under teacher forcing: which tokens of the last scale to go through, in ascending order.
+                Which tokens of the last of the given scales go through the blocks. Under teacher forcing (token drop)
+                nothing is predicted for the others; in generation (token pruning) they get the last block's output of
+                the nearest token of the scale before.
+            guidance (`float` or `torch.Tensor` of shape `()` and dtype float32, *optional*):
+                Classifier-free guidance. The batch is then the conditional half and the unconditional one, and the
+                logits, of half the batch, are `(1 + guidance) * conditional - guidance * unconditional`.
+            run_block (`Callable`, *optional*):
+                Called as `run_block(block, *arguments)` for each block in place of `block(*arguments)`: a compiled
+                function, say.
             attention_kwargs (`dict`, *optional*): `{"scale": ...}` scales LoRA layers.
             return_dict (`bool`, defaults to `True`): Whether to return a [`HARTTransformer2DModelOutput`] or a tuple.
 
@@ -454,13 +527,16 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         """
         # 1. The condition, once a picture
         opens_sequence = not scale_index
+        run_block = run_block or _run_block
         if opens_sequence:
             prefix, rotary_emb, temb, offset = self._embed_condition(
                 encoder_hidden_states, encoder_attention_mask, class_labels, scales
             )
             if kv_cache is not None:
                 capacity = prefix.shape[1] + sum(side * side for side in scales[1:-1])
-                kv_cache.open(len(self.transformer_blocks), capacity, temb, offset)
+                last_tokens = scales[-1] ** 2 if len(scales) > 1 else 0
+                num_layers, heads = len(self.transformer_blocks), self.config.num_attention_heads
+                kv_cache.open(num_layers, capacity, last_tokens, heads, prefix, temb, offset)
         elif kv_cache is None or kv_cache.num_scales != scale_index:
             cached = 0 if kv_cache is None else kv_cache.num_scales
             raise ValueError(f"Scale {scale_index} needs a `kv_cache` of the scales before; this one holds {cached}.")
@@ -479,24 +555,34 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         elif scale_index == 0:
             hidden_states = prefix
         else:
-            hidden_states, rotary_emb, _ = self._embed_scales(hidden_states, [scale_index], scales, offset)
+            hidden_states, rotary_emb, _ = self._embed_scales(
+                hidden_states, [scale_index], scales, offset, kept_tokens
+            )
+        rotary_emb = tuple(table.to(autocast_dtype(hidden_states)) for table in rotary_emb)
 
         # 3. Blocks
-        for i, block in enumerate(self.transformer_blocks):
-            layer_cache = None if kv_cache is None else kv_cache.layers[i]
+        num_tokens = hidden_states.shape[1]
+        layers = [None] * len(self.transformer_blocks) if kv_cache is None else kv_cache.layers(num_tokens)
+        for block, layer in zip(self.transformer_blocks, layers):
+            arguments = (hidden_states, rotary_emb, temb, segments, layer)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, rotary_emb, temb, segments, layer_cache
-                )
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
-                hidden_states = block(hidden_states, rotary_emb, temb, segments, layer_cache)
-        if kv_cache is not None:
-            kv_cache.num_scales += 1
+                hidden_states = run_block(block, *arguments)
 
         # 4. Logits. Scale 0 is predicted from the last text position, even where that is padding.
         if opens_sequence:
             hidden_states = hidden_states[:, prefix.shape[1] - 1 :]
-        logits = self.proj_out(self.norm_out(hidden_states, temb))
+        elif scale_index is not None and kept_tokens is not None:
+            hidden_states = self._restore(hidden_states, kept_tokens, kv_cache.hidden_states, scales, scale_index)
+        if kv_cache is not None:
+            kv_cache.close_scale(num_tokens, hidden_states)
+        normalized = self.norm_out(hidden_states, temb)
+        if guidance is not None:
+            # Before the projection rather than behind it, which is linear: half the work.
+            conditional, unconditional = normalized.chunk(2)
+            normalized = torch.lerp(unconditional, conditional, 1 + guidance)
+        logits = self.proj_out(normalized)
         if not return_dict:
             return logits, hidden_states
         return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
@@ -558,6 +644,20 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         embedded = [self.x_embedder(tokens) + self._level(k, tokens) for k, tokens in zip(indices, hidden_states)]
         rotary_emb = self.rotary_embed.visual(torch.cat(coordinates, dim=1), offset)
         return torch.cat(embedded, dim=1), rotary_emb, [tokens.shape[1] for tokens in embedded]
+
+    def _restore(
+        self,
+        hidden_states: torch.Tensor,
+        kept_tokens: torch.LongTensor,
+        coarse: torch.Tensor,
+        scales: Sequence[int],
+        scale_index: int,
+    ) -> torch.Tensor:
+        """All tokens of a scale: `hidden_states` of the kept ones, and of the others those of the scale before."""
+        side, coarse_side = scales[scale_index], scales[scale_index - 1]
+        axis = (torch.arange(side, device=coarse.device) + 0.5).mul_(coarse_side / side).long()
+        restored = coarse[:, (axis[:, None] * coarse_side + axis).flatten()]
+        return restored.scatter(1, kept_tokens[..., None].expand_as(hidden_states), hidden_states)
 
     def _level(self, level: int, like: torch.Tensor) -> torch.Tensor:
         """Embedding `(1, inner_dim)` of a level: 0 for the condition, k for scale k."""

@@ -3,19 +3,30 @@ import copy
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ...models.transformers.transformer_hart import HARTKVCache
 from .call_state import CallAttribute
+from .fast_path import FastPath, FastRun, PlainRun, is_offloaded
 
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def pivotal_tokens(scale_input: torch.Tensor, count: int) -> torch.LongTensor:
+    """The `count` tokens `(batch_size, count)` of a scale that are farthest from its mean: where the detail is."""
+    distances = (scale_input - scale_input.mean(dim=1, keepdim=True)).square().sum(-1)
+    return distances.topk(count, dim=1).indices
 
 
 def is_integer(value: Any, minimum: int) -> bool:
@@ -36,6 +47,7 @@ class HARTGenerationMixin:
     _is_class_conditional = False
     _guidance_scale, _attention_kwargs = CallAttribute(), CallAttribute()
     _interrupt, _num_timesteps = CallAttribute(), CallAttribute()
+    _fast_path: FastPath | None = None
 
     def _check_components(self, residual_scheduler: Any, **components: Any) -> None:
         """Raises `ValueError` for a component in another's place; diffusers tells those of one base class not apart."""
@@ -169,6 +181,138 @@ class HARTGenerationMixin:
         if not is_real(scale) or not math.isfinite(scale):
             raise ValueError(f'The `"scale"` of `attention_kwargs` must be a number, not {scale!r}.')
 
+    def enable_fast_path(
+        self,
+        heights: int | Sequence[int] | None = None,
+        batch_sizes: int | Sequence[int] = 1,
+        guided: bool = True,
+        max_sequence_length: int | None = None,
+        cuda_graphs: bool = True,
+        compile_models: bool = True,
+        static_shapes: bool = False,
+        compile_options: dict[str, Any] | None = None,
+    ) -> None:
+        r"""
+        Compile the models and record CUDA graphs for pictures of given sizes and numbers, and use these for all calls
+        that fit, with results as before. Takes a while, shown by the progress bar. Other calls go the plain way, as
+        they do while another thread uses what is recorded. Where adapters are loaded, weighed or taken off, or the
+        projections of attention are joined, the next call records anew.
+
+        Each size and number keeps memory of its own for keys and values. Without CUDA blocks are only compiled. Where
+        nothing can be compiled or recorded, or the models are offloaded, there is one warning and no change.
+
+        Args:
+            heights (`int` or `Sequence[int]`, *optional*): Sizes in pixels; the default size if none are given.
+            batch_sizes (`int` or `Sequence[int]`, defaults to `1`):
+                Numbers of pictures drawn at once: prompts times `num_images_per_prompt`.
+            guided (`bool`, defaults to `True`): Whether pictures are drawn with guidance.
+            max_sequence_length (`int`, *optional*): Length prompts are padded to, as in calls.
+            cuda_graphs (`bool`, defaults to `True`): Whether to record CUDA graphs.
+            compile_models (`bool`, defaults to `True`): Whether to compile blocks, residual MLP and decoder.
+            static_shapes (`bool`, defaults to `False`):
+                Whether the blocks are compiled for each scale, which takes longer, rather than once for all.
+            compile_options (`dict`, *optional*):
+                Of `torch.compile`, such as `{"mode": "max-autotune-no-cudagraphs"}`.
+
+        Raises:
+            ValueError: If no schedule fits a size, or a number is not a positive integer.
+        """
+        heights = (heights,) if heights is None or isinstance(heights, numbers.Integral) else heights
+        batch_sizes = (batch_sizes,) if isinstance(batch_sizes, numbers.Integral) else batch_sizes
+        sizes = [self.generation_defaults(height, None, None, None) for height in heights]
+        for height, width, guidance_scale, num_inference_steps in sizes:
+            self.check_generation_inputs(
+                height, width, guidance_scale, num_inference_steps, None, None, 1.0, "latent", []
+            )
+        if not all(is_integer(batch_size, 1) for batch_size in batch_sizes):
+            raise ValueError(f"`batch_sizes` must be positive integers, not {batch_sizes}.")
+
+        self.disable_fast_path()
+        device = self._execution_device
+        if is_offloaded(self.transformer, self.residual_mlp, self.vae):
+            logger.warning("The fast path needs models that stay on their device; offloaded ones run the plain way.")
+            return
+        graphs = cuda_graphs and device.type == "cuda"
+        if cuda_graphs and not graphs:
+            logger.warning(f"No CUDA graphs on {device.type}: the fast path only compiles there.")
+        self._fast_path = FastPath(device, graphs, static_shapes, compile_models, compile_options)
+        kinds = [(size, batch_size) for size in sizes for batch_size in batch_sizes]
+        try:
+            with self.progress_bar(total=len(kinds)) as progress_bar:
+                for (height, _, guidance_scale, num_inference_steps), batch_size in kinds:
+                    start = time.perf_counter()
+                    self._warm_up(
+                        height, batch_size, guidance_scale if guided else 0.0, num_inference_steps, max_sequence_length
+                    )
+                    seconds = time.perf_counter() - start
+                    logger.info(f"Prepared {batch_size} picture(s) of {height} px in {seconds:.1f} s.")
+                    progress_bar.update()
+        except Exception as error:
+            self.disable_fast_path()
+            logger.warning(f"The fast path is not available here, and calls go the plain way: {error!r}")
+        else:
+            self._fast_path.accepts_new = False
+
+    def disable_fast_path(self) -> None:
+        """Go back to the models as they are, and free what [`enable_fast_path`] keeps."""
+        self._fast_path = None
+
+    @torch.no_grad()
+    def _warm_up(
+        self,
+        height: int,
+        batch_size: int,
+        guidance_scale: float,
+        num_inference_steps: int,
+        max_sequence_length: int | None,
+    ) -> None:
+        """Draw a batch of nothing in particular, twice: to record it and to see that the record runs."""
+        device, config = self._execution_device, self.transformer.config
+        scales = self.scheduler.scales(height // self.vae_scale_factor)
+        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, None, False
+        rows = 2 * batch_size if guidance_scale > 0 else batch_size
+        if self._is_class_conditional:
+            condition = {"class_labels": torch.zeros(rows, dtype=torch.long, device=device)}
+        else:
+            shape = (rows, max_sequence_length or config.caption_length)
+            condition = {
+                "encoder_hidden_states": torch.zeros(
+                    *shape, config.caption_channels, dtype=self.transformer.dtype, device=device
+                ),
+                "encoder_attention_mask": torch.ones(shape, dtype=torch.long, device=device),
+            }
+        noise = torch.zeros(batch_size, self.vae.config.latent_channels, scales[-1], scales[-1], device=device)
+        progress_bar_config = getattr(self, "_progress_bar_config", {})
+        self.set_progress_bar_config(**{**progress_bar_config, "disable": True})
+        generator = torch.Generator(device).manual_seed(0)
+        try:
+            for _ in range(2):
+                latents = self._generate_latents(
+                    condition, scales, None, None, True, generator, noise, num_inference_steps, 1.0, None, []
+                )
+                self._decode_latents(latents)
+        finally:
+            self.set_progress_bar_config(**progress_bar_config)
+
+    @contextmanager
+    def _borrow_run(
+        self, condition: dict[str, torch.Tensor], batch_size: int, scales: tuple[int, ...]
+    ) -> Iterator[FastRun | PlainRun]:
+        """The models for one pass through the scales: the fast path's if they are prepared for it."""
+        fast_path = self._fast_path
+        run = None if fast_path is None else fast_path.borrow(self, condition, batch_size, scales)
+        try:
+            yield run or PlainRun(self.transformer, self.residual_mlp)
+        finally:
+            if run is not None:
+                fast_path.give_back()
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] of the final latents."""
+        latents = latents.to(self.vae.dtype)
+        images = None if self._fast_path is None else self._fast_path.decode(self.vae, latents)
+        return self.vae.decode(latents, return_dict=False)[0] if images is None else images
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -218,34 +362,38 @@ class HARTGenerationMixin:
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """The scale loop: from a condition to the final latent `(batch_size, latent_channels, P, P)`, float32."""
-        branches = len(next(iter(condition.values()))) // len(residual_noise)
+        batch_size = len(residual_noise)
+        branches = len(next(iter(condition.values()))) // batch_size
         latents = torch.zeros_like(residual_noise)
-        scale_input = None
-        kv_cache = HARTKVCache()
+        scale_input = kept_tokens = None
         self._num_timesteps = len(scales)
         # The scale of LoRA layers is that of all models and set around this loop.
         attention_kwargs = {name: value for name, value in (self.attention_kwargs or {}).items() if name != "scale"}
 
         # Counted in tokens, which is what the time goes by: the last scale is about half of it.
-        with self.progress_bar(total=sum(side * side for side in scales)) as progress_bar:
+        with (
+            self._borrow_run(condition, batch_size, scales) as run,
+            self.progress_bar(total=sum(side * side for side in scales)) as progress_bar,
+        ):
             for k, side in enumerate(scales):
                 if self.interrupt:
                     continue
 
                 # 1. The transformer predicts all codes of the scale
-                output = self.transformer(
+                guidance = self.scheduler.guidance(self.guidance_scale, k, len(scales))
+                output = run.transformer(
                     scale_input,
                     scales,
                     **condition,
                     scale_index=k,
-                    kv_cache=kv_cache,
+                    kv_cache=run.kv_cache,
+                    kept_tokens=kept_tokens,
+                    guidance=guidance if branches == 2 else None,
                     attention_kwargs=attention_kwargs,
                 )
-                guidance = self.scheduler.guidance(self.guidance_scale, k, len(scales))
-                logits = self._guide(output.logits, guidance, branches)
 
                 # 2. The scheduler draws them
-                drawn = self.scheduler.step(logits, k, len(scales), top_k, top_p, smooth, generator)
+                drawn = self.scheduler.step(output.logits, k, len(scales), top_k, top_p, smooth, generator)
                 code_embeds = self.vae.embed(drawn.weights if smooth else drawn.codes)
 
                 # 3. The tokenizer adds them to the picture, and behind the last scale the residual
@@ -261,6 +409,7 @@ class HARTGenerationMixin:
                         num_inference_steps,
                         residual_temperature,
                         generator,
+                        run.residual_mlp,
                     )
 
                 if callback_on_step_end is not None:
@@ -272,7 +421,12 @@ class HARTGenerationMixin:
 
                 # 4. The picture so far, pooled, is what the next scale reads
                 if k < len(scales) - 1:
+                    if branches == 2 and not self.scheduler.is_guided_from(k + 1, len(scales)):
+                        branches = 1
+                        run.kv_cache.keep_samples(batch_size)
                     scale_input = self.vae.next_scale_input(latents, k + 1, scales)
+                    if num_kept := self.scheduler.num_kept_tokens(k + 1, scales):
+                        kept_tokens = pivotal_tokens(scale_input, num_kept).repeat(branches, 1)
                     scale_input = scale_input.to(self.transformer.dtype).repeat(branches, 1, 1)
                 progress_bar.update(side * side)
         return latents
@@ -285,6 +439,7 @@ class HARTGenerationMixin:
         num_inference_steps: int,
         temperature: float,
         generator: torch.Generator | list[torch.Generator] | None,
+        residual_mlp: Callable | None = None,
     ) -> torch.Tensor:
         """
         The residual diffusion.
@@ -297,6 +452,7 @@ class HARTGenerationMixin:
             num_inference_steps (`int`): Number of steps.
             temperature (`float`): Factor of the noise that steps add.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of that noise.
+            residual_mlp (`Callable`, *optional*): What to call in place of the pipeline's `residual_mlp`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, latent_channels, P, P)`, float32: what to add to the latent.
@@ -312,11 +468,13 @@ class HARTGenerationMixin:
         options = {name: value for name, value in options.items() if name in self._residual_step_parameters()}
         branches = condition.shape[0] // noise.shape[0]
 
+        residual_mlp = residual_mlp or self.residual_mlp
+        condition_embeds = self.residual_mlp.embed_condition(condition)
         sample = noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             tokens = scheduler.scale_model_input(sample, timestep).flatten(2).transpose(1, 2)
             tokens = tokens.to(condition.dtype).repeat(branches, 1, 1)
-            output = self.residual_mlp(tokens, timestep, condition).sample.float()
+            output = residual_mlp(tokens, timestep, condition_embeds=condition_embeds).sample.float()
             output = output.transpose(1, 2).unflatten(2, noise.shape[2:])
             predicted_noise, variance = output.chunk(2, dim=1)
             model_output = self._guide(predicted_noise, guidance, branches)
@@ -330,7 +488,7 @@ class HARTGenerationMixin:
         if branches == 1:
             return prediction
         conditional, unconditional = prediction.chunk(2)
-        return (1 + guidance) * conditional - guidance * unconditional
+        return torch.lerp(unconditional, conditional, 1 + guidance)
 
     def _residual_step_parameters(self) -> set[str]:
         if self.residual_scheduler is None:

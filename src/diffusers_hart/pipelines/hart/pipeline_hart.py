@@ -525,7 +525,7 @@ class HARTPipeline(HARTHubMixin, DiskOffloadMixin, DiffusionPipeline, HARTLoraLo
         if output_type == "latent":
             images = latents
         else:
-            images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            images = self._decode_latents(latents)
             images, nsfw_content_detected = self.run_safety_checker(images, device)
             images = self.image_processor.postprocess(images, output_type=output_type)
 

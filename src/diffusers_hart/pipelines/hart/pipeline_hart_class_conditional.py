@@ -189,7 +189,7 @@ class HARTClassConditionalPipeline(
         if output_type == "latent":
             images = latents
         else:
-            images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            images = self._decode_latents(latents)
             images = self.image_processor.postprocess(images, output_type=output_type)
 
         self.maybe_free_model_hooks()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path compiles with dynamo's eager backend here, which traces as any other and generates no code."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import LoraConfig
+
+from diffusers_hart import (
+    HARTClassConditionalPipeline,
+    HARTPipeline,
+    HARTResidualScheduler,
+    HARTScheduler,
+    HARTTransformer2DModel,
+    HybridTokenizer,
+    ResidualDiffusionMLP,
+)
+
+
+EAGER = {"backend": "eager"}
+DETERMINISTIC = {"top_k": 1, "smooth": False, "residual_temperature": 0.0, "output_type": "pt"}
+
+
+class RecordingScheduler(HARTScheduler):
+    def step(self, *args, **kwargs):
+        output = super().step(*args, **kwargs)
+        self.codes.append(output.codes)
+        return output
+
+
+def pipeline(tiny, **changes):
+    components = {**tiny.pipe.components, "transformer": copy.deepcopy(tiny.pipe.transformer), **changes}
+    pipe = HARTPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def golden_arguments(model):
+    side = model.scales[-1]
+    return {
+        "prompt_embeds": model["in.prompt_embeds"],
+        "prompt_attention_mask": model["in.prompt_attention_mask"],
+        "guidance_scale": model["e2e.guidance"].item(),
+        "latents": model["e2e.residual_noise"].transpose(1, 2).unflatten(2, (side, side)),
+        **DETERMINISTIC,
+    }
+
+
+def warnings_of(caplog):
+    return [record.message for record in caplog.records if record.name.startswith("diffusers_hart")]
+
+
+def draw(pipe, prompt="a red circle", seed=0, **options):
+    options = {"output_type": "pt", "generator": torch.Generator().manual_seed(seed), **options}
+    return pipe(prompt, **options).images
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_of_other_tests():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_codes_and_picture_equal_the_original_and_nothing_is_compiled_anew(tiny, assert_close, static_shapes):
+    scheduler = RecordingScheduler(schedules=(tiny.scales,))
+    pipe = pipeline(tiny, scheduler=scheduler)
+    arguments = golden_arguments(tiny)
+    batch_size, tokens = arguments["prompt_embeds"].shape[:2]
+    scheduler.codes = []
+    pipe.enable_fast_path(
+        batch_sizes=batch_size, max_sequence_length=tokens, static_shapes=static_shapes, compile_options=EAGER
+    )
+    for _ in range(2):
+        scheduler.codes.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            image = pipe(**arguments).images
+        assert torch.equal(torch.cat(scheduler.codes, dim=1), tiny["e2e.tokens"])
+        assert_close(image, tiny["e2e.image"], atol=3e-4)
+
+
+def test_it_is_the_compiled_code_that_draws(tiny, monkeypatch):
+    pipe = pipeline(tiny)
+    seen = []
+
+    def backend(graph, example_inputs):
+        return lambda *inputs: seen.append(graph) or graph(*inputs)
+
+    pipe.enable_fast_path(compile_options={"backend": backend})
+    seen.clear()
+    draw(pipe)
+    blocks, scales, steps = len(pipe.transformer.transformer_blocks), len(tiny.scales), 8
+    assert len(seen) == blocks * scales + steps + 1  # and the decoder
+    pipe.disable_fast_path()
+    seen.clear()
+    draw(pipe)
+    assert not seen
+
+
+def test_what_is_not_prepared_is_drawn_the_plain_way_with_one_warning(tiny, caplog):
+    pipe = pipeline(tiny)
+    expected = draw(pipe, ["a red circle", "a star"])
+    pipe.enable_fast_path(compile_models=False)
+    caplog.clear()
+    for _ in range(2):
+        assert torch.equal(draw(pipe, ["a red circle", "a star"]), expected)
+    assert len(warnings_of(caplog)) == 1
+    assert "The fast path was not prepared for 2 picture(s) of 12 px" in warnings_of(caplog)[0]
+
+
+def test_a_call_within_a_call_goes_the_plain_way(tiny):
+    pipe = pipeline(tiny)
+    expected = draw(pipe, seed=1)
+    pipe.enable_fast_path(compile_models=False)
+    inner = []
+
+    def callback(outer, scale_index, side, tensors):
+        if scale_index == 2:
+            inner.append(draw(pipe, seed=1))
+        return {}
+
+    draw(pipe, callback_on_step_end=callback)
+    assert torch.allclose(inner[0], expected, atol=1e-5)
+    assert torch.allclose(draw(pipe, seed=1), expected, atol=1e-5)  # what was borrowed has been given back
+
+
+def add_adapter(pipe):
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(config, "style")
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", ["adapter", "fused_projections"])
+def test_adapters_and_fused_projections_before_and_after(tiny, change, before):
+    def apply(pipe):
+        add_adapter(pipe) if change == "adapter" else pipe.transformer.fuse_qkv_projections()
+
+    plain, fast = pipeline(tiny), pipeline(tiny)
+    apply(plain)
+    if before:
+        apply(fast)
+    fast.enable_fast_path(compile_options=EAGER)
+    if not before:
+        draw(fast)
+        apply(fast)
+    assert torch.allclose(draw(fast), draw(plain), atol=1e-4)
+    if change == "adapter" and not before:
+        for pipe in (plain, fast):
+            pipe.transformer.disable_adapters()
+        assert torch.allclose(draw(fast), draw(tiny.pipe), atol=1e-4)
+        options = {"attention_kwargs": {"scale": 0.5}}
+        for pipe in (plain, fast):
+            pipe.transformer.enable_adapters()
+        assert torch.allclose(draw(fast, **options), draw(plain, **options), atol=1e-4)
+
+
+def test_several_sizes_and_numbers_of_a_class_model():
+    schedules = ((1, 2, 3, 4, 6), (1, 2, 4))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = HARTClassConditionalPipeline(
+            HARTTransformer2DModel(
+                in_channels=8,
+                codebook_size=32,
+                num_layers=2,
+                num_attention_heads=3,
+                attention_head_dim=8,
+                caption_channels=None,
+                num_classes=3,
+                sample_size=6,
+            ).eval(),
+            HybridTokenizer(
+                latent_channels=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, codebook_size=32
+            ).eval(),
+            HARTScheduler(schedules=schedules),
+            ResidualDiffusionMLP(in_channels=8, condition_dim=24, hidden_size=16, num_layers=1).eval(),
+            HARTResidualScheduler(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    cases = [(height, labels) for height in (12, 8) for labels in ([1], [0, 2])]
+    expected = [draw(pipe, labels, height=height) for height, labels in cases]
+    pipe.enable_fast_path(heights=(12, 8), batch_sizes=(1, 2), compile_options=EAGER)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for (height, labels), images in zip(cases, expected):
+            assert torch.allclose(draw(pipe, labels, height=height), images, atol=1e-4)
+
+
+def test_one_warning_where_it_cannot_work(tiny, caplog):
+    components = {name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()}
+    offloaded = HARTPipeline(**components)
+    offloaded.set_progress_bar_config(disable=True)
+    cpu_offload(offloaded.transformer, execution_device="cpu")
+    offloaded.enable_fast_path(compile_options=EAGER)
+    assert [message[:47] for message in warnings_of(caplog)] == ["The fast path needs models that stay on their d"]
+
+    late = HARTPipeline(**{name: copy.deepcopy(component) for name, component in tiny.pipe.components.items()})
+    late.set_progress_bar_config(disable=True)
+    late.enable_fast_path(cuda_graphs=False, compile_models=False)
+    for name in ("text_encoder", "transformer", "residual_mlp", "vae"):
+        cpu_offload(getattr(late, name), execution_device="cpu")
+    assert torch.allclose(draw(late), draw(tiny.pipe), atol=1e-4)
+
+    def broken(graph, example_inputs):
+        raise RuntimeError("no compiler")
+
+    caplog.clear()
+    pipe = pipeline(tiny)
+    expected = draw(pipe)
+    pipe.enable_fast_path(cuda_graphs=False, compile_options={"backend": broken})
+    assert len(warnings_of(caplog)) == 1
+    assert "not available here" in warnings_of(caplog)[0] and "no compiler" in warnings_of(caplog)[0]
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_bad_arguments(tiny):
+    pipe = pipeline(tiny)
+    with pytest.raises(ValueError, match="No schedule of scales fits `height`=16"):
+        pipe.enable_fast_path(heights=16)
+    with pytest.raises(ValueError, match="`batch_sizes` must be positive integers, not .1, 0."):
+        pipe.enable_fast_path(batch_sizes=(1, 0))
+
+
+def test_repeated_blocks_compile_for_all_scales_without_a_fast_path(tiny):
+    """Fourteen scales, more than dynamo's limit of recompilations, which with `fullgraph` is an error to reach."""
+    scales = tuple(range(1, 15))
+    pipe = pipeline(tiny, scheduler=HARTScheduler(schedules=(scales,)))
+    expected = draw(pipe, height=28)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.allclose(draw(pipe, height=28), expected, atol=1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        draw(pipe, height=28)
+
+
+class BothBranches(HARTScheduler):
+    def is_guided_from(self, scale_index, num_scales):
+        return True
+
+
+def test_guidance_that_ends_early_saves_the_unconditional_branch(tiny):
+    config = {"schedules": (tiny.scales,), "guidance_interval": (0.3, 0.6)}
+    saving, whole = (pipeline(tiny, scheduler=kind(**config)) for kind in (HARTScheduler, BothBranches))
+    batches = []
+    saving.transformer.transformer_blocks[0].register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    image = draw(saving, smooth=False)
+    assert batches == [2, 2, 2, 1, 1]  # of five scales those up to 0.5 of the way
+    assert torch.allclose(image, draw(whole, smooth=False), atol=1e-4)
+    assert not torch.allclose(image, draw(tiny.pipe, smooth=False), atol=1e-2)
+    saving.enable_fast_path(compile_models=False)
+    assert torch.allclose(draw(saving, smooth=False), image, atol=1e-4)
+
+
+def test_token_pruning(tiny):
+    schedule = {"schedules": (tiny.scales,)}
+    pruned = pipeline(tiny, scheduler=HARTScheduler(**schedule, kept_fractions=(0.5, 0.25)))
+    tokens = []
+    pruned.transformer.transformer_blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    image = draw(pruned)
+    assert tokens[1:] == [4, 9, 8, 9]  # of 4, 9, 16 and 36
+    assert image.isfinite().all() and not torch.equal(image, draw(tiny.pipe))
+    pruned.enable_fast_path(compile_models=False)
+    assert torch.allclose(draw(pruned), image, atol=1e-3)
+    whole = pipeline(tiny, scheduler=HARTScheduler(**schedule, kept_fractions=(1.0, 1.0)))
+    assert torch.equal(draw(whole), draw(tiny.pipe))
+
+
+def test_weights_that_are_written_over_are_those_that_draw(tiny):
+    pipe = pipeline(tiny, vae=copy.deepcopy(tiny.pipe.vae))
+    pipe.enable_fast_path(compile_options=EAGER)
+    before = draw(pipe)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(0.25)
+    changed = draw(pipe)
+    pipe.disable_fast_path()
+    assert torch.allclose(changed, draw(pipe), atol=1e-5)
+    assert not torch.allclose(changed, before, atol=0.05)
