@@ -29,7 +29,7 @@ end, torch = sys.argv[1:]
 config = configparser.ConfigParser()
 config.read("setup.cfg")
 lines = config["options"]["install_requires"].split("\n")
-pins = {} if end == "newest" else dict(line.split(" >= ") for line in lines if line)
+pins = {} if end == "newest" else dict(line.split(",")[0].split(" >= ") for line in lines if line)
 if torch:
     pins["torch"] = torch
 print("\n".join(f"{name}=={version}" for name, version in pins.items()))
