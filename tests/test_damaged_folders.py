@@ -211,6 +211,11 @@ def test_code_in_a_folder_is_not_run(folder, tmp_path):
     index["scheduler"] = ["code", "HARTScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "scheduler" / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harm')!r})")
+    pipe = HARTPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is HARTScheduler  # the package's own, whatever the folder brings along
+    assert not (tmp_path / "harm").exists()
+    index["scheduler"] = ["code", "AnotherScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="trust_remote_code"):
         HARTPipeline.from_pretrained(folder)
     assert not (tmp_path / "harm").exists()

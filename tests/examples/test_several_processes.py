@@ -205,7 +205,7 @@ def test_one_process_fails_and_another_run_goes_on(draw, draw_arguments, tmp_pat
     drawn, expected = pixels(tmp_path / "two"), pixels(tmp_path / "one")
     assert len(drawn) == len(expected) == 5
     errors = np.array([[np.abs(a - b).mean() for b in expected] for a in drawn])
-    assert errors.diagonal().max() < 0.1 and (errors + 100 * np.eye(5)).min() > 1
+    assert errors.diagonal().max() < 0.5 and (errors + 100 * np.eye(5)).min() > 1
 
 
 def test_a_killed_process_is_named(draw_arguments, tmp_path):

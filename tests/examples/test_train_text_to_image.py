@@ -310,7 +310,7 @@ def test_a_new_pipeline_of_a_tokenizer_and_a_text_encoder(script, tiny_pipeline,
     config = pipe.transformer.config
     assert (config.in_channels, config.codebook_size, config.caption_channels) == (8, 512, 64)
     assert (config.num_layers, config.sample_size, pipe.default_max_sequence_length) == (1, 8, 40)
-    assert [*pipe.scheduler.config.schedules][-1] == [1, 2, 3, 4, 6, 8]  # the tokenizer's own beside the published
+    assert pipe.scheduler.scales(8) == (1, 2, 3, 4, 6, 8)  # the tokenizer's own beside the published
     for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (tmp_path / "first" / name).read_bytes() == (tiny_pipeline / name).read_bytes()
     assert pipe("red", generator=torch.Generator().manual_seed(0)).images[0].size == (128, 128)

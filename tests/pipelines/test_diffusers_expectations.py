@@ -101,4 +101,4 @@ def test_nothing_is_of_one_kind_of_device(folder):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("cuda", "double", "float64")
     }
-    assert files and not names
+    assert files and names <= {("fast_path.py", "cuda")}  # which records CUDA graphs, on CUDA devices alone

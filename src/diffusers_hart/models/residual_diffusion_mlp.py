@@ -63,6 +63,7 @@ class ResidualDiffusionMLP(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
     _no_split_modules = ["ResidualMLPBlock"]
     _repeated_blocks = ["ResidualMLPBlock"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedder"]
+    _group_offload_block_modules = ["condition_embedder"]  # which `embed_condition` calls
 
     @register_to_config
     def __init__(

@@ -92,10 +92,12 @@ class WeightUpdates:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.graphs = GradientGraphs(accelerator, self.module) if getattr(args, "cuda_graphs", False) else None
         accelerator.register_for_checkpointing(self.lr_scheduler)
+        # As it is now: phases of a training may leave out some for a while, whose averages stay.
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.ema = None
         if args.use_ema:
             foreach = not self.is_sharded  # sharded tensors have no copies of many at once
-            self.ema = CheckpointedEMA(self._trained(), decay=args.ema_decay, foreach=foreach)
+            self.ema = CheckpointedEMA(self.trained, decay=args.ema_decay, foreach=foreach)
             accelerator.register_for_checkpointing(self.ema)
 
     def step(
@@ -144,7 +146,7 @@ class WeightUpdates:
         if self.graphs is None:
             self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.step(self._trained())
+            self.ema.step(self.trained)
         return figures
 
     @contextmanager
@@ -153,13 +155,10 @@ class WeightUpdates:
         The models as they would be saved now: with their averages, if there are any, and whole. Every process must
         enter this context; the models are given to the main process, the others get none.
         """
-        averaged = nullcontext() if self.ema is None else self.ema.applied_to(self._trained())
+        averaged = nullcontext() if self.ema is None else self.ema.applied_to(self.trained)
         with averaged:
             models = self._gathered() if self.is_sharded else self.models
             yield models if self.accelerator.is_main_process else {}
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def _gathered(self) -> dict[str, ModelMixin | PreTrainedModel]:
         """Unsharded copies, on the main process."""
