@@ -46,10 +46,16 @@ def together(pipe, calls, **options):
         return [future.result() for future in drawn]
 
 
+def is_same(drawn, expected):
+    """Matrix products may be split among fewer threads where others are busy, which rounds differently."""
+    return np.abs(drawn - expected).max() < 0.01
+
+
 def test_threads_get_their_single_thread_pictures(pipe):
     alone = [draw(pipe, **call) for call in CALLS]
+    assert not any(is_same(alone[0], other) for other in alone[1:])
     for drawn, expected in zip(together(pipe, CALLS), alone):
-        assert np.array_equal(drawn, expected)
+        assert is_same(drawn, expected)
 
 
 def test_threads_that_cut_and_pad_prompts_differently(pipe):
@@ -64,17 +70,19 @@ def test_threads_that_cut_and_pad_prompts_differently(pipe):
 
 
 def test_threads_with_different_lora_scales(pipe):
-    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
     scales = [0.0, 1.0, 3.0]
 
     def draw_scaled(scale):
         return draw(pipe, attention_kwargs={"scale": scale})
 
     alone = [draw_scaled(scale) for scale in scales]
-    assert not any(np.array_equal(alone[0], other) for other in alone[1:])
+    assert not any(is_same(alone[0], other) for other in alone[1:])
     with ThreadPoolExecutor(len(scales)) as threads:
         for drawn, expected in zip(threads.map(draw_scaled, scales), alone):
-            assert np.array_equal(drawn, expected)
+            assert is_same(drawn, expected)
 
 
 def test_a_callback_changes_its_own_call_alone(pipe):
@@ -96,8 +104,8 @@ def test_a_callback_changes_its_own_call_alone(pipe):
     with ThreadPoolExecutor(2) as threads:
         stopped = threads.submit(draw, pipe, callback_on_step_end=stop)
         drawn = threads.submit(draw, pipe, callback_on_step_end=go_on)
-        assert np.array_equal(drawn.result(), expected)
-        assert not np.array_equal(stopped.result(), expected)
+        assert is_same(drawn.result(), expected)
+        assert not is_same(stopped.result(), expected)
     assert seen == dict.fromkeys(range(6), (4.5, False, 6))
 
 

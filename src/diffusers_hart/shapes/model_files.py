@@ -9,8 +9,8 @@ FOLDER = Path(__file__).parent
 
 def shapes_model_path() -> Path:
     """
-    Folder of the small trained text-to-image pipeline that the package brings along, for
-    `HARTPipeline.from_pretrained`. It draws what the captions of [`ShapesDataset`] can say, at 128 x 128 pixels.
+    Folder of what is trained so far of a small text-to-image pipeline of [`ShapesDataset`]: `vae`, `text_encoder` and
+    `tokenizer`, from which `examples/shapes/train.sh` goes on. Its transformer is still to come.
     """
     return FOLDER / "model"
 
