@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes the small model that the package brings along, from nothing: bash examples/shapes/train.sh OUTPUT_DIR
-# Every number is what the shipped weights were made with; the card in src/diffusers_hart/shapes/model says on what.
+# Makes a small model of the procedural data set from nothing: bash examples/shapes/train.sh OUTPUT_DIR
+# The text encoder and the tokenizer in src/diffusers_hart/shapes/model were made by steps 1 and 3, when patterns were still
+# finer and lay anywhere. So was the checker, by step 2 without held-out combinations, which it was then tuned to on a CPU.
+# Step 4 was tried for some hundred steps only.
 set -euo pipefail
 out=${1:?where to}
 here=$(dirname "$0")
