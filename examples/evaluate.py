@@ -37,7 +37,7 @@ SPLITS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="pipeline, a folder or an id on the Hub; by default the one of the shapes")
+    parser.add_argument("--model", help="pipeline, a folder or an id on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     parser.add_argument("--variant", help="variant of its files, such as fp16")
     parser.add_argument("--vae_path", help="tokenizer instead of the pipeline's, such as one with another decoder")

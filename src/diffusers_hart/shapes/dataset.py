@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import zlib
-from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -50,7 +49,6 @@ class ShapesDataset:
         self.split = split
         self.num_objects = num_objects
         self.vocabulary = vocabulary
-        self._example = lru_cache(maxsize=4096)(self._sample)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The `caption` and the encoded `scene` (see [`encode_scene`]) of picture `index`."""
@@ -59,11 +57,11 @@ class ShapesDataset:
 
     def scene(self, index: int) -> Scene:
         """What picture `index` shows."""
-        return self._example(index)[0]
+        return self._sample(index)[0]
 
     def statement(self, index: int) -> Statement:
         """What the caption of picture `index` states."""
-        return self._example(index)[2]
+        return self._sample(index)[2]
 
     def finish_batch(self, batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
         """A batch with its pictures as `pixel_values` `(batch_size, 3, 128, 128)` in [-1, 1], drawn on `device`."""

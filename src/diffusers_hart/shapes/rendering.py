@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -58,7 +57,7 @@ def render_scenes(scenes: torch.Tensor, vocabulary: Vocabulary = VOCABULARY) -> 
     """
     device = scenes.device
     objects, backgrounds = split_scenes(scenes.float())
-    atlas = _outline_atlas(_Identity(vocabulary), device)
+    atlas = _outline_atlas(vocabulary, device)
     axis = torch.arange(IMAGE_SIZE, device=device) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
@@ -94,27 +93,9 @@ def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torc
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
-class _Identity:
-    """A vocabulary as a key of a cache: one that was extended is another."""
-
-    def __init__(self, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.vocabulary is other.vocabulary
-
-    def __hash__(self) -> int:
-        return id(self.vocabulary)
-
-
 @lru_cache(maxsize=8)
-def _outline_atlas(vocabulary: _Identity, device: torch.device) -> torch.Tensor:
+def _outline_atlas(vocabulary: Vocabulary, device: torch.device) -> torch.Tensor:
     """Signed distances of all shapes on a grid, `(shapes, side, side)`."""
     axis = (torch.arange(ATLAS_SIDE) + 0.5) / ATLAS_SIDE * 2 * ATLAS_EXTENT - ATLAS_EXTENT
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([shape.distance(x, y) for shape in vocabulary.vocabulary.shapes.values()]).to(device)
-
-
-def render_scene_list(scenes: Sequence[Scene], vocabulary: Vocabulary = VOCABULARY) -> torch.Tensor:
-    """[`render_scenes`] of scenes that are not encoded."""
-    return render_scenes(torch.stack([encode_scene(scene, vocabulary) for scene in scenes]), vocabulary)
+    return torch.stack([shape.distance(x, y) for shape in vocabulary.shapes.values()]).to(device)

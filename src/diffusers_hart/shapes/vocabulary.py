@@ -85,7 +85,7 @@ def _shape(name: str) -> Shape:
     return Shape(OUTLINES[name], tuple(f"{kind} {name}" for kind in kinds), is_glyph=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is another's equal only if it is the same
 class Vocabulary:
     """
     What pictures of the procedural data set are made of, and the words for it. [`~Vocabulary.extended`] adds to it.
