@@ -193,6 +193,7 @@ def main():
             sum(tensor.numel() * 4 for tensor in lora_tensors(pipe.transformer).values()) / 1e6, 1
         ),
     }
+    device_name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
     rows = []
     for batch_size in args.batch_sizes:
         for token_drop in (True, False):
@@ -206,11 +207,9 @@ def main():
                 module.zero_grad(set_to_none=True)
                 rows.append(common | row)
                 print(rows[-1], flush=True)
-    if args.output:
-        device_name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
-        args.output.write_text(
-            json.dumps({"device": device_name, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-        )
+                if args.output:
+                    found = {"device": device_name, "torch": torch.__version__, "rows": rows}
+                    args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num_key_value_heads", type=positive_int, help="by default as many as heads")
     group.add_argument("--intermediate_size", type=positive_int, help="by default 3 times --hidden_size")
     group.add_argument("--caption_length", type=positive_int, default=128, help="tokens of a caption at most")
+    group.add_argument(
+        "--recall_weight",
+        type=float,
+        default=1.0,
+        help="weight of telling from a hidden state which token it stands at, beside predicting the next one",
+    )
     add_data_arguments(parser)
     add_training_arguments(parser)
     parser.set_defaults(train_batch_size=64, learning_rate=1e-3)
@@ -108,7 +114,7 @@ def main(argv: list[str] | None = None) -> Path:
     text_encoder = new_text_encoder(text_encoder_config(args, tokenizer), args.seed).train()
     if args.gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable()
-    weights = WeightUpdates(args, accelerator, TextEncoderTrainingModule(text_encoder))
+    weights = WeightUpdates(args, accelerator, TextEncoderTrainingModule(text_encoder, args.recall_weight))
 
     # 3. The run
     def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
@@ -134,6 +140,7 @@ def main(argv: list[str] | None = None) -> Path:
                 {
                     "Tokens": len(tokenizer),
                     "Width, layers": f"{text_encoder.config.hidden_size}, {text_encoder.config.num_hidden_layers}",
+                    "Weight of recalling tokens": f"{args.recall_weight:g}",
                     "Steps": args.max_train_steps,
                     "Captions a step": batch_size,
                     "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -65,14 +67,16 @@ def test_what_is_predicted(tokenizer):
 def test_captions_without_text(tokenizer, text_encoder):
     inputs = language_model_inputs(tokenizer, ["", ""], 40)
     assert inputs["input_ids"].shape == (2, 1) and not inputs["mask"].any()
-    assert TextEncoderTrainingModule(text_encoder)(**inputs)["loss"] == 0
+    for recall_weight in (0.0, 1.0):
+        assert TextEncoderTrainingModule(text_encoder, recall_weight)(**inputs)["loss"] == 0
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_a_causal_language_model(tokenizer, text_encoder, tmp_path):
     text_encoder.save_pretrained(tmp_path)
     model = Qwen2ForCausalLM.from_pretrained(tmp_path)
-    module = TextEncoderTrainingModule(text_encoder)
+    module = TextEncoderTrainingModule(text_encoder, recall_weight=0.0)
+    assert {name for name, _ in module.named_children()} == {"text_encoder"}
     losses = []
     for caption in CAPTIONS[:3]:
         ids = torch.tensor([[*tokenizer(caption).input_ids, tokenizer.eos_token_id]])
@@ -81,6 +85,22 @@ def test_the_loss_is_that_of_a_causal_language_model(tokenizer, text_encoder, tm
         torch.testing.assert_close(loss, losses[-1])
     together = module(**language_model_inputs(tokenizer, CAPTIONS[:3], 40))["loss"]
     torch.testing.assert_close(together, torch.stack(losses).mean())
+
+
+def test_hidden_states_recall_their_tokens(tokenizer, text_encoder):
+    inputs = language_model_inputs(tokenizer, CAPTIONS[:3], 40)
+    module = TextEncoderTrainingModule(copy.deepcopy(text_encoder), recall_weight=2.0)
+    losses = module(**inputs)
+    torch.testing.assert_close(losses["recall_loss"], torch.tensor(float(len(tokenizer))).log())  # it begins at zero
+    torch.testing.assert_close(losses["loss"], losses["next_token_loss"] + 2 * losses["recall_loss"])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        module(**inputs)["loss"].backward()
+        optimizer.step()
+    hidden_states = module.text_encoder(input_ids=inputs["input_ids"]).last_hidden_state
+    recalled = module.recall(hidden_states).argmax(-1)
+    assert torch.equal(recalled[inputs["mask"]], inputs["input_ids"][inputs["mask"]])
 
 
 def test_weights_are_a_function_of_the_seed(text_encoder):
