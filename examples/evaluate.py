@@ -37,7 +37,7 @@ SPLITS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="pipeline, a folder or an id on the Hub")
+    parser.add_argument("--model", help="pipeline, a folder or an id on the Hub; by default the package's own")
     parser.add_argument("--revision", help="branch, tag or commit of it on the Hub")
     parser.add_argument("--variant", help="variant of its files, such as fp16")
     parser.add_argument("--vae_path", help="tokenizer instead of the pipeline's, such as one with another decoder")
@@ -93,8 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--inception_weights", help="file of torch-fidelity's weights for FID and KID")
     group.add_argument("--no_downloads", action="store_true")
     args = parser.parse_args(argv)
-    if args.model is None and not (Path(shapes_model_path()) / "model_index.json").exists():
-        parser.error("--model is needed: the package has no trained pipeline of its own yet")
     if args.num_images < 2:
         parser.error("--num_images must be two or more: distances are of sets of pictures")
     if args.bootstrap < 0 or args.bootstrap == 1:

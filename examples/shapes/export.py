@@ -22,9 +22,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def forget_origin(folder: Path) -> None:
     """Leave out of configs where on a machine the weights came from."""
-    for path in folder.rglob("config.json"):
+    for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 

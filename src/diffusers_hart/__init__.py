@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from .models import HARTKVCache, HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionMLP
 from .pipelines import HARTClassConditionalPipeline, HARTPipeline, HARTPipelineOutput
 from .schedulers import HARTResidualScheduler, HARTScheduler
+from .shapes import shapes_model_path
 
 
 __version__ = "0.1.0.dev0"
@@ -23,6 +24,7 @@ __all__ = [
     "HARTTransformer2DModel",
     "HybridTokenizer",
     "ResidualDiffusionMLP",
+    "shapes_model_path",
 ]
 
 # Without this a pipeline that was pushed cannot be loaded back by its Hub id.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import fails
 
+from diffusers_hart import HARTPipeline, shapes_model_path
 from diffusers_hart.cli import main
 from diffusers_hart.random_pipeline import random_pipeline
 from diffusers_hart.reconstruction import reconstruct
@@ -42,7 +43,7 @@ def test_a_row_for_each_picture(pictures, capsys):
     expected = [f"a.png: codes {psnr(discrete, original):.2f} dB, codes and residual {psnr(hybrid, original):.2f} dB"]
     assert lines[:2] == ["out.png", *expected] and lines[2].startswith("b.webp: codes ")
 
-    pipe = random_pipeline()
+    pipe = HARTPipeline.from_pretrained(shapes_model_path())
     images = torch.from_numpy(original).permute(2, 0, 1)[None] / 127.5 - 1
     shown = reconstruct(pipe.vae, images, pipe.vae.config.scales)[:2]
     for image, cell in zip(shown, (discrete, hybrid)):

@@ -2,28 +2,22 @@
 import argparse
 from typing import Any
 
-from .console import on_a_terminal, say
+from .console import on_a_terminal
 
 
-UNTRAINED = "untrained weights"
+OWN_MODEL = "the shapes model of the package"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="Hub id or folder of a HARTPipeline (default: tiny untrained weights)")
+    parser.add_argument(
+        "--model", help="Hub id or folder of a HARTPipeline (default: the package's own small model of shapes)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default: auto)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="(default: bfloat16 on cuda, float32 elsewhere and for untrained weights)",
+        help="(default: bfloat16 on cuda, float32 elsewhere)",
     )
-
-
-def default_pipeline() -> Any:
-    """What is used where no model is named."""
-    from ..random_pipeline import random_pipeline
-
-    say(f"no --model was given: drawing with {UNTRAINED}, the picture is noise")
-    return random_pipeline()
 
 
 def load_pipeline(arguments: argparse.Namespace) -> tuple[Any, dict[str, str]]:
@@ -35,7 +29,7 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[Any, dict[str, str]]:
     """
     import torch
 
-    from .. import HARTPipeline
+    from .. import HARTPipeline, shapes_model_path
 
     model, device, dtype = arguments.model, arguments.device, arguments.dtype
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -45,12 +39,7 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[Any, dict[str, str]]:
         raise ValueError(
             f"PyTorch finds no {device} device here; pass --device cpu, or nothing for the best there is."
         )
-    if model is None:
-        pipe = default_pipeline().to(device)
-        if dtype is not None:
-            pipe.to(getattr(torch, dtype))
-    else:
-        dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-        pipe = HARTPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    pipe = HARTPipeline.from_pretrained(model or shapes_model_path(), dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=not on_a_terminal())
-    return pipe, {"model": model or UNTRAINED, "device": device, "dtype": dtype or "float32"}
+    return pipe, {"model": model or OWN_MODEL, "device": device, "dtype": dtype}

@@ -9,8 +9,8 @@ FOLDER = Path(__file__).parent
 
 def shapes_model_path() -> Path:
     """
-    Folder of what is trained so far of a small text-to-image pipeline of [`ShapesDataset`]: `vae`, `text_encoder` and
-    `tokenizer`, from which `examples/shapes/train.sh` goes on. Its transformer is still to come.
+    Folder of the small text-to-image pipeline that the package brings along, trained on [`ShapesDataset`] by
+    `examples/shapes/train.sh`, for [`HARTPipeline.from_pretrained`].
     """
     return FOLDER / "model"
 

@@ -292,6 +292,8 @@ class FastPath:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
                 self._runs = dict.fromkeys(self._runs)
+                if self.graphs:  # the memory of graphs is gone with the last of them
+                    self.pool = torch.cuda.graph_pool_handle()
                 self._model_state = state
             if self._runs.get(key) is None:
                 label = f"{batch_size}_{len(tensor)}_{scales[-1]}"

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small pipeline that the package brings along."""
+
+import json
+
+import torch
+
+import diffusers_hart
+from diffusers_hart import HARTPipeline
+from diffusers_hart.shapes import ShapesDataset, load_shapes_checker
+from diffusers_hart.shapes.model_files import FOLDER
+
+
+def test_it_is_small_and_tells_nothing_of_where_it_was_made():
+    weights = list(FOLDER.rglob("*.safetensors"))
+    assert len(weights) == 5 and sum(path.stat().st_size for path in weights) <= 32e6
+    for path in FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
+def test_it_draws_what_is_asked_for():
+    """Single objects of one colour, which the checker names; half of them at least, where chance has one in hundreds."""
+    pipe = HARTPipeline.from_pretrained(diffusers_hart.shapes_model_path())
+    pipe.set_progress_bar_config(disable=True)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.float32}
+    dataset = ShapesDataset(split="test", num_objects=1, seed=7)
+    count = 16
+    images = pipe(
+        [dataset[i]["caption"] for i in range(count)],
+        generator=[torch.Generator().manual_seed(i) for i in range(count)],
+        output_type="pt",
+    ).images
+    assert images.shape == (count, 3, 128, 128)
+    statements = [dataset.statement(i) for i in range(count)]
+    assert sum(load_shapes_checker().accepts(images * 2 - 1, statements)) >= count // 2
