@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+from class_conditional import class_conditional_pipeline
 from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
 from huggingface_hub import ModelCard
 from pipeline_digest import describe, digest
@@ -63,31 +63,13 @@ AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("other", OtherPipeline)
 """
 
 
-def class_conditional_pipeline():
-    source = random_pipeline()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        transformer = HARTTransformer2DModel(
-            in_channels=8,
-            codebook_size=512,
-            num_layers=1,
-            num_attention_heads=4,
-            attention_head_dim=16,
-            caption_channels=None,
-            num_classes=2,
-            sample_size=8,
-        ).eval()
-    components = {name: source.components[name] for name in ("vae", "scheduler", "residual_mlp", "residual_scheduler")}
-    return HARTClassConditionalPipeline(transformer, **components, id2label={0: "cat", 1: "dog"})
-
-
 def push():
     pipe = random_pipeline()
     pipe.push_to_hub("me/pushed")
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder, push_to_hub=True, repo_id="me/saved", max_shard_size="200KB", variant="fp16")
     pipe.transformer.push_to_hub("me/transformer")
-    classes = class_conditional_pipeline()
+    classes = class_conditional_pipeline(id2label={0: "cat", 1: "dog"})
     classes.push_to_hub("me/classes")
     return {
         "pipeline": describe(pipe),

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from class_conditional import class_conditional_pipeline
 from diffusers import AutoModel, AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline
 
 from diffusers_hart import (
@@ -181,28 +182,8 @@ def test_from_pipe_shares_the_components(loader, pipe, picture):
 
 
 def test_a_class_conditional_pipeline(tmp_path):
-    source = random_pipeline()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        transformer = HARTTransformer2DModel(
-            in_channels=8,
-            codebook_size=512,
-            num_layers=1,
-            num_attention_heads=4,
-            attention_head_dim=16,
-            caption_channels=None,
-            num_classes=2,
-            sample_size=8,
-        ).eval()
-    transformer.proj_out.weight.data.mul_(16)  # sharp enough for the class to show
-    pipe = HARTClassConditionalPipeline(
-        transformer,
-        source.vae,
-        source.scheduler,
-        source.residual_mlp,
-        source.residual_scheduler,
-        id2label={0: "cat, house cat", 1: "dog"},
-    )
+    pipe = class_conditional_pipeline(id2label={0: "cat, house cat", 1: "dog"})
+    pipe.transformer.proj_out.weight.data.mul_(16)  # sharp enough for the class to show
     pipe.save_pretrained(tmp_path)
     assert not np.array_equal(draw(pipe, 0), draw(pipe, 1))
     for loader in (HARTClassConditionalPipeline, DiffusionPipeline):

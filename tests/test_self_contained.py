@@ -9,11 +9,12 @@ import sys
 import plain_diffusers
 import pytest
 import torch
+from class_conditional import class_conditional_pipeline
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from pipeline_digest import describe
 
-from diffusers_hart import HARTClassConditionalPipeline, HARTPipeline, HARTTransformer2DModel, HybridTokenizer, cli
+from diffusers_hart import HARTPipeline, HARTTransformer2DModel, HybridTokenizer, cli
 from diffusers_hart.models.strict_loading import StrictLoadingMixin
 from diffusers_hart.pipelines.code_bundle import bundle_source
 from diffusers_hart.pipelines.self_contained import installed_index
@@ -34,23 +35,6 @@ def code_of(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
-def class_conditional_pipeline():
-    source = random_pipeline()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        transformer = HARTTransformer2DModel(
-            in_channels=8,
-            codebook_size=512,
-            num_layers=1,
-            num_attention_heads=4,
-            attention_head_dim=16,
-            caption_channels=None,
-            num_classes=2,
-            sample_size=8,
-        ).eval()
-    return HARTClassConditionalPipeline(transformer, source.vae, source.scheduler)
-
-
 def save_and_push(folder):
     """Everything that is loaded here, and what its pipelines are."""
     torch.set_num_threads(1)
@@ -60,7 +44,7 @@ def save_and_push(folder):
     pipe.save_pretrained(f"{folder}/sharded", self_contained=True, variant="fp16", max_shard_size="200KB")
     pipe.push_to_hub("me/plain")
     pipe.push_to_hub("me/own", self_contained=True, license="mit", training_data="Drawings of *nothing*.")
-    classes = class_conditional_pipeline()
+    classes = class_conditional_pipeline(has_residual=False)
     classes.save_pretrained(
         f"{folder}/classes", self_contained=True, push_to_hub=True, repo_id="me/classes", commit_message="Classes"
     )

@@ -24,7 +24,7 @@ def forget_origin(folder: Path) -> None:
     """Leave out of configs where on a machine the weights came from."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
-        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+        if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 

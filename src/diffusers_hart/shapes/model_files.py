@@ -9,8 +9,8 @@ FOLDER = Path(__file__).parent
 
 def shapes_model_path() -> Path:
     """
-    Folder of the small text-to-image pipeline that the package brings along, trained on [`ShapesDataset`] by
-    `examples/shapes/train.sh`, for [`HARTPipeline.from_pretrained`].
+    Folder of the small text-to-image pipeline that the package brings along, trained on [`ShapesDataset`], for
+    [`HARTPipeline.from_pretrained`]; its `README.md` says how.
     """
     return FOLDER / "model"
 
