@@ -15,10 +15,10 @@ from diffusers_hart.shapes.signed_distance import polygon
 HOURGLASS = [(-0.85, -1.0), (0.85, -1.0), (0.2, 0.0), (0.85, 1.0), (-0.85, 1.0), (-0.2, 0.0)]
 
 
-def zigzag(u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
-    """Stripes that turn back and forth."""
-    triangle = (torch.remainder(v / (1.5 * period), 1) - 0.5).abs() * 1.5 * period
-    return (0.5 + torch.sin(2 * torch.pi * (u + triangle) / period) * period / (2 * torch.pi)).clamp(0, 1)
+def zigzag(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Stripes that turn back and forth, each turn as long as two of them are wide."""
+    turning = (torch.remainder(x / 16, 1) - 0.5).abs() * 16
+    return (0.5 + torch.sin(2 * torch.pi * (y + turning) / 8) * 8 / (2 * torch.pi)).clamp(0, 1)
 
 
 NEW_WORDS = VOCABULARY.extended(

@@ -219,6 +219,52 @@ def test_gradients_reach_what_is_trained_and_nothing_else(kind, batch):
     assert module.codebook.grad is None and not module.codebook.requires_grad
 
 
+@torch.no_grad()
+def test_mistakes_are_made_up_for_by_the_scales_behind_them(pipe, batch):
+    sizes = [side * side for side in SCALES]
+    mistakes = torch.full_like(batch[0].codes, -1)
+    mistakes[:, 1:5] = (batch[0].codes[:, 1:5] + 1) % 512  # the second scale, all of it
+    targets = teacher_forcing_targets(pipe.vae, SCALES, latents=batch[0].latents, mistakes=mistakes)
+    assert torch.equal(targets.codes[:, :5], batch[0].codes[:, :5])  # what is right there stays so
+    assert not torch.equal(targets.codes[:, 5:], batch[0].codes[:, 5:])
+    used = torch.where(mistakes < 0, targets.codes, mistakes)
+    partial_latents = pipe.vae.latents_from_codes(used, SCALES)
+    torch.testing.assert_close(targets.scale_inputs, pipe.vae.scale_inputs(partial_latents, SCALES))
+    rest = (batch[0].latents - partial_latents[-2]).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(targets.last_scale, rest)
+    # Each scale has the codes that are nearest to what those before it left.
+    third = slice(sum(sizes[:2]), sum(sizes[:3]))
+    pooled = F.interpolate(batch[0].latents - partial_latents[1], size=(3, 3), mode="area").flatten(2).transpose(1, 2)
+    assert torch.equal(targets.codes[:, third], torch.cdist(pooled, pipe.vae.codebook.weight[None]).argmin(-1))
+
+
+@torch.no_grad()
+def test_self_correction_draws_some_tokens_before_the_last_scale(pipe, batch):
+    targets, text = batch
+    module = make_module(pipe, self_correction=0.6, seed=3)
+    condition = module.drop_condition(**text, class_labels=None, positions=range(4))
+    mistakes = module.draw_mistakes(targets, condition, range(4))
+    drawn = (mistakes >= 0)[:, : -(SCALES[-1] ** 2)].float().mean(1)
+    assert (mistakes[:, -(SCALES[-1] ** 2) :] == -1).all()
+    assert 0 <= drawn.min() < drawn.max() < 0.75
+    few = {name: tensor[2:3] for name, tensor in condition.items()}
+    assert torch.equal(module.draw_mistakes(part_of(batch, slice(2, 3))[0], few, [2]), mistakes[2:3])
+    # All are drawn: inputs are no longer the picture's own.
+    losses = [make_module(pipe, self_correction=share)(targets, 0, range(4), **text) for share in (0.0, 1.0)]
+    assert losses[0]["code_loss"] != losses[1]["code_loss"]
+
+
+def test_self_correction_leaves_gradients_under_autocast(pipe, batch):
+    """What is cast without gradients, for the draw, must not be what the loss is computed with."""
+    source = copy.deepcopy(pipe)
+    initialize_transformer(source.transformer, torch.Generator().manual_seed(0))
+    module = make_module(source, self_correction=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(batch[0], 0, range(4), **batch[1])["loss"]
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in source.transformer.parameters())
+
+
 def test_an_untrained_model_knows_nothing(pipe, batch):
     source = copy.deepcopy(pipe)
     initialize_transformer(source.transformer, torch.Generator().manual_seed(0))

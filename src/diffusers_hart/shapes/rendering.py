@@ -9,10 +9,7 @@ from .vocabulary import VOCABULARY, Vocabulary
 
 
 # Columns of an encoded object; an absent one has a `shape` of -1.
-OBJECT_FIELDS = (
-    *("shape", "color", "surface", "size", "x", "y", "radius", "turn", "red", "green", "blue"),
-    *("period", "pattern_turn"),
-)
+OBJECT_FIELDS = ("shape", "color", "surface", "size", "x", "y", "radius", "turn", "red", "green", "blue")
 BACKGROUND_FIELDS = ("first", "second", "gradient_turn")  # two equal indices make a plain one
 FIELD = {name: i for i, name in enumerate(OBJECT_FIELDS)}
 SCENE_LENGTH = MAX_OBJECTS * len(OBJECT_FIELDS) + len(BACKGROUND_FIELDS)
@@ -31,9 +28,8 @@ def encode_scene(scene: Scene, vocabulary: Vocabulary = VOCABULARY) -> torch.Ten
         values += [shapes.index(found.shape), colors.index(found.color), surfaces.index(found.surface)]
         values += [sizes.index(found.size), found.x, found.y, found.radius, found.turn]
         values += [base + tint for base, tint in zip(vocabulary.colors[found.color], found.tint)]
-        values += [found.period, found.pattern_turn]
     for _ in range(MAX_OBJECTS - len(scene.objects)):
-        values += [-1.0] + [0.0] * 5 + [1.0] + [0.0] * 4 + [8.0, 0.0]
+        values += [-1.0] + [0.0] * 5 + [1.0] + [0.0] * 4
     values += [backgrounds.index(scene.background[0]), backgrounds.index(scene.background[-1]), scene.gradient_turn]
     return torch.tensor(values, dtype=torch.float32)
 
@@ -69,10 +65,12 @@ def render_scenes(scenes: torch.Tensor, vocabulary: Vocabulary = VOCABULARY) -> 
     images = torch.lerp(first, second, (along + 0.5).clamp(0, 1)[:, None])
 
     # 2. Objects, one after the other
+    tones = [surface.tone(x, y) for surface in vocabulary.surfaces.values()]
     for i in range(MAX_OBJECTS):
         field = {name: objects[:, i, column, None, None] for name, column in FIELD.items()}
         dx, dy = x - field["x"], y - field["y"]
-        u, v = _rotate(dx, dy, field["turn"])
+        cosine, sine = field["turn"].cos(), field["turn"].sin()
+        u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
         place = torch.stack([u, v], dim=-1) / (field["radius"] * ATLAS_EXTENT)[..., None]
         outlines = atlas[field["shape"].long().flatten().clamp(min=0)][:, None]
         distance = F.grid_sample(outlines, place, padding_mode="border", align_corners=False)[:, 0]
@@ -80,17 +78,11 @@ def render_scenes(scenes: torch.Tensor, vocabulary: Vocabulary = VOCABULARY) -> 
         outside = place.abs().amax(-1) > 1
         coverage = (0.5 - distance * field["radius"]).clamp(0, 1).masked_fill(outside | (field["shape"] < 0), 0)
 
-        u, v = _rotate(dx, dy, field["pattern_turn"])
-        tones = [surface.tone(u, v, field["period"]) for surface in vocabulary.surfaces.values()]
         tone = sum(tone * (field["surface"] == index) for index, tone in enumerate(tones))[:, None]
         base = torch.stack([field["red"], field["green"], field["blue"]], dim=1)
         color = torch.lerp(base, torch.full_like(base, 255.0), 0.72 * tone)
         images = torch.lerp(images, color, coverage[:, None])
     return (images / 127.5 - 1).clamp(-1, 1)
-
-
-def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
 @lru_cache(maxsize=8)

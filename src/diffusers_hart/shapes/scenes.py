@@ -17,14 +17,13 @@ MAX_OBJECTS = 3
 @dataclass(frozen=True)
 class SceneObject:
     """
-    An object of a picture: names of the vocabulary, and in pixels where it is and how its pattern lies.
+    An object of a picture: names of the vocabulary, and in pixels where it is.
 
     Args:
         shape, color, surface, size (`str`): Its attributes.
         x, y, radius (`float`): Centre and radius; y grows downwards.
         turn (`float`): Rotation in radians, small.
         tint (`tuple[float, float, float]`): What is added to the colour, from 0 to 255.
-        period, pattern_turn (`float`): The pattern's period in pixels and its rotation; it starts in the centre.
     """
 
     shape: str
@@ -36,8 +35,6 @@ class SceneObject:
     radius: float
     turn: float = 0.0
     tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    period: float = 8.0
-    pattern_turn: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,8 +193,6 @@ def _sample_object(
         "radius": rng.uniform(*(CONTAINER_RADII if container else vocabulary.sizes[size])),
         "turn": rng.uniform(-0.06, 0.06),
         "tint": tuple(rng.uniform(-6, 6) for _ in range(3)),
-        "period": rng.uniform(8, 9),
-        "pattern_turn": rng.randrange(4) * math.pi / 4,
     }
 
 

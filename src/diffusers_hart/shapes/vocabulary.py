@@ -8,6 +8,7 @@ from .signed_distance import GLYPHS, OUTLINES, Distance
 
 
 Color = tuple[int, int, int]
+PERIOD = 8.0  # of patterns, in pixels
 
 
 @dataclass(frozen=True)
@@ -36,34 +37,34 @@ class Surface:
 
     Args:
         tone (`Callable`):
-            From coordinates in pixels `(u, v)` and the pattern's period in pixels the share of the second tone, from 0
-            to 1.
+            From coordinates in pixels `(x, y)` the share of the second tone, from 0 to 1. Patterns lie on one lattice of
+            the whole picture, whatever the object: all that a caption says of one is then all there is to it.
         adjectives (`tuple[str, ...]`): What captions call it before the noun, the usual word first.
         phrases (`tuple[str, ...]`): And behind it.
     """
 
-    tone: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    tone: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     adjectives: tuple[str, ...]
     phrases: tuple[str, ...] = ()
 
 
-def stripes(u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
+def stripes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     # The distance in pixels to the nearest edge, near it, so that edges are one pixel soft.
-    return (0.5 + torch.sin(2 * torch.pi * u / period) * period / (2 * torch.pi)).clamp(0, 1)
+    return (0.5 + torch.sin(2 * torch.pi * x / PERIOD) * PERIOD / (2 * torch.pi)).clamp(0, 1)
 
 
-def dots(u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
-    u, v = (w - period * torch.round(w / period) for w in (u, v))
-    return (0.5 + 0.31 * period - torch.hypot(u, v)).clamp(0, 1)
+def dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x, y = (torch.remainder(w, PERIOD) - PERIOD / 2 for w in (x, y))
+    return (0.5 + 0.31 * PERIOD - torch.hypot(x, y)).clamp(0, 1)
 
 
-def checks(u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
-    waves = torch.sin(torch.pi * u / (0.75 * period)) * torch.sin(torch.pi * v / (0.75 * period))
-    return (0.5 + waves * 0.75 * period / torch.pi).clamp(0, 1)
+def checks(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    waves = torch.sin(2 * torch.pi * x / PERIOD) * torch.sin(2 * torch.pi * y / PERIOD)
+    return (0.5 + waves * PERIOD / (2 * torch.pi)).clamp(0, 1)
 
 
-def plain(u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(u)
+def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x)
 
 
 NOUNS = {

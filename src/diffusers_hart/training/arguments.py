@@ -105,6 +105,12 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cuda_graphs", action="store_true", help="replay recorded steps: fast for small models, one GPU"
     )
+    group.add_argument(
+        "--self_correction",
+        type=share,
+        default=0.0,
+        help="up to what share of tokens scales go on from codes the model drew",
+    )
     group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
     add_loss_arguments(parser)
 

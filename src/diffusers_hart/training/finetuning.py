@@ -87,6 +87,7 @@ def training_module(
         condition_dropout=condition_dropout,
         residual_loss_weight=args.residual_loss_weight,
         residual_batch_multiplier=args.residual_batch_multiplier,
+        self_correction=args.self_correction,
     )
 
 
@@ -101,5 +102,6 @@ def training_settings(args: argparse.Namespace, accelerator: Accelerator, scales
         "Precision": accelerator.mixed_precision,
         "Weights": f"average, decay {args.ema_decay:g}" if args.use_ema else "of the last step",
         "Token drop": "no" if args.no_token_drop else "yes",
+        "Tokens drawn for self-correction": f"up to {args.self_correction:g}",
         "Seed": args.seed,
     }

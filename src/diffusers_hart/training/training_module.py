@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -9,7 +10,7 @@ from ..models import HARTTransformer2DModel, HybridTokenizer, ResidualDiffusionM
 from ..schedulers import HARTResidualScheduler, HARTScheduler
 from .random_draws import draw_integers, draw_normal, draw_uniform
 from .residual_loss import residual_diffusion_loss
-from .teacher_forcing import TeacherForcingTargets
+from .teacher_forcing import TeacherForcingTargets, teacher_forcing_targets
 from .token_drop import drop_fraction, kept_tokens, num_kept_tokens
 
 
@@ -36,6 +37,10 @@ class HARTTrainingModule(nn.Module):
         residual_batch_multiplier (`int`, defaults to `4`): How often each residual is used, with different noise.
         sample_top_k (`int`, defaults to `600`), sample_top_p (`float`, defaults to `0.96`):
             From what the codes under the residual are drawn.
+        self_correction (`float`, defaults to `0.0`):
+            Largest share of a picture's tokens from which scales go on with a code that the model has drawn instead of
+            the right one, so that it learns to make up for what does not fit: tokens of a scale are drawn independently.
+            After [Infinity](https://huggingface.co/papers/2412.04431), section 3.3, whose mistakes are random.
     """
 
     _no_split_modules = ["HARTTransformerBlock", "ResidualMLPBlock"]  # what FSDP shards by
@@ -55,6 +60,7 @@ class HARTTrainingModule(nn.Module):
         residual_batch_multiplier: int = 4,
         sample_top_k: int = 600,
         sample_top_p: float = 0.96,
+        self_correction: float = 0.0,
     ):
         super().__init__()
         self.transformer = transformer
@@ -70,6 +76,8 @@ class HARTTrainingModule(nn.Module):
         self.residual_batch_multiplier = residual_batch_multiplier
         self.sample_top_k = sample_top_k
         self.sample_top_p = sample_top_p
+        self.self_correction = self_correction
+        self.targets_of = partial(teacher_forcing_targets, vae, self.scales)
 
     def forward(
         self,
@@ -100,6 +108,9 @@ class HARTTrainingModule(nn.Module):
         device = targets.codes.device
         positions = torch.as_tensor(positions).to(device, non_blocking=True)
         condition = self.drop_condition(prompt_embeds, prompt_attention_mask, class_labels, positions)
+        if self.self_correction:
+            mistakes = self.draw_mistakes(targets, condition, positions)
+            targets = self.targets_of(latents=targets.latents, mistakes=mistakes)
         codes, last_scale, kept = targets.codes, targets.last_scale, None
         if self.token_drop:
             fraction = drop_fraction(self.seed, step)
@@ -154,6 +165,27 @@ class HARTTrainingModule(nn.Module):
             "encoder_hidden_states": prompt_embeds.masked_fill(dropped[:, None, None], 0).to(self.transformer.dtype),
             "encoder_attention_mask": torch.where(dropped[:, None], unconditional_mask, prompt_attention_mask),
         }
+
+    @torch.no_grad()
+    def draw_mistakes(
+        self,
+        targets: TeacherForcingTargets,
+        condition: dict[str, torch.Tensor],
+        positions: Sequence[int] | torch.Tensor,
+    ) -> torch.LongTensor:
+        """Codes `(batch_size, L)` that the model draws for some tokens before the last scale; -1 for the others."""
+        device = targets.codes.device
+        # The last scale, behind which there is none to make up for it, is left out but for one token.
+        no_last = torch.zeros(len(targets.codes), 1, dtype=torch.long, device=device)
+        inputs = targets.scale_inputs.to(self.transformer.dtype)
+        logits = self.transformer(inputs, self.scales, **condition, kept_tokens=no_last).logits[:, :-1].float()
+        torch.clear_autocast_cache()  # of weights that were cast here, without gradients
+        uniform = 1 - draw_uniform(logits.shape[1:2], device, self.seed, "mistakes", positions)
+        drawn = self.scheduler.draw_codes(logits, uniform)
+        # As many as leave the right picture to be seen: of whole scales that are drawn nothing could be mended.
+        share = self.self_correction * draw_uniform((1,), device, self.seed, "share of mistakes", positions)
+        chosen = draw_uniform(drawn.shape[1:], device, self.seed, "mistaken tokens", positions) < share
+        return F.pad(drawn.masked_fill(~chosen, -1), (0, self.scales[-1] ** 2), value=-1)
 
     @torch.no_grad()
     def sample_codes(self, logits: torch.Tensor, positions: Sequence[int] | torch.Tensor) -> torch.LongTensor:

@@ -249,7 +249,11 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
 
     @apply_forward_hook
     def quantize(
-        self, latents: torch.Tensor, scales: Sequence[int] | None = None, phi_at_last_scale: bool = False
+        self,
+        latents: torch.Tensor,
+        scales: Sequence[int] | None = None,
+        phi_at_last_scale: bool = False,
+        mistakes: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, tuple[torch.Tensor, ...], torch.Tensor]:
         r"""
         Split a latent into codes, scale by scale: every scale takes the codes nearest to what is still missing.
@@ -260,18 +264,23 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             phi_at_last_scale (`bool`, defaults to `False`):
                 Whether the last scale is corrected like the others. The tokenizer itself is trained so; the
                 transformer's targets and generation go without.
+            mistakes (`torch.LongTensor` of shape `(batch_size, L)`, *optional*):
+                Codes to go on with instead of the nearest ones, which the scales behind then have to make up for; -1
+                where there is none.
 
         Returns:
-            `tuple`: `codes`, `partial_latents` and `residual` as in [`HybridTokenizerOutput`]. Gradients flow into the
+            `tuple`: `codes`, the nearest ones, `partial_latents` and `residual` as in [`HybridTokenizerOutput`]. Gradients flow into the
             codebook, the corrections and, through the residual, the latent; the choice of codes has none.
         """
         scales = self.config.scales if scales is None else scales
         rest = latents.float()
         partial_latents = [torch.zeros_like(rest)]
         codes = []
+        taken = [None] * len(scales) if mistakes is None else mistakes.split([side * side for side in scales], dim=1)
         for k, side in enumerate(scales):
             codes.append(self._nearest_codes(self._pool(rest, side)))
-            scale_latents = self._spread(self.embed(codes[-1]), k, scales, phi_at_last_scale)
+            used = codes[-1] if mistakes is None else torch.where(taken[k] < 0, codes[-1], taken[k])
+            scale_latents = self._spread(self.embed(used), k, scales, phi_at_last_scale)
             partial_latents.append(partial_latents[-1] + scale_latents)
             rest = rest - scale_latents
         return torch.cat(codes, dim=1), tuple(partial_latents[1:]), rest
