@@ -12,6 +12,8 @@ from .vocabulary import VOCABULARY, Vocabulary
 IMAGE_SIZE = 128
 CONTAINER_RADII = (37.0, 44.0)
 MAX_OBJECTS = 3
+# The axis of a relation, x or y, and which of the two objects has the smaller coordinate.
+NEARER = {"left of": (0, 0), "right of": (0, 1), "above": (1, 0), "below": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -199,12 +201,19 @@ def _sample_object(
 def _sample_centers(
     rng: Random, objects: list[dict], relation: str | None, vocabulary: Vocabulary
 ) -> list[tuple[float, float]] | None:
-    """Centres that show the relation, with everything inside the picture and apart; `None` if none were found."""
+    """
+    Centres that show the relation, with everything inside the picture and apart; `None` if none were found. What is left
+    of or above something else is so around the middle of the picture, as one composes it.
+    """
     radii = [o["radius"] for o in objects]
     nested = relation in ("inside", "around")
+    spans = [[(1.1 * radius + 2, IMAGE_SIZE - 1.1 * radius - 2)] * 2 for radius in radii]
+    if relation in NEARER:
+        axis, nearer = NEARER[relation]
+        spans[nearer][axis] = (spans[nearer][axis][0], IMAGE_SIZE / 2)
+        spans[1 - nearer][axis] = (IMAGE_SIZE / 2, spans[1 - nearer][axis][1])
     for _ in range(100):
-        margins = [1.1 * radius + 2 for radius in radii]
-        centers = [tuple(rng.uniform(margin, IMAGE_SIZE - margin) for _ in "xy") for margin in margins]
+        centers = [tuple(rng.uniform(*span) for span in both) for both in spans]
         if nested:
             outer, inner = (0, 1) if relation == "around" else (1, 0)
             room = vocabulary.shapes[objects[outer]["shape"]].inner_radius * radii[outer] - 1.05 * radii[inner] - 2
