@@ -323,6 +323,13 @@ def compare(trained, generated):
     return comparison
 
 
+def save_report(args, report, start):
+    """After each part, so that a run that is cut off leaves what it has."""
+    report["comparison"] = compare(report["training"], report["generation"])
+    report["total_seconds"] = round(time.perf_counter() - start, 1)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def print_tables(report):
     print("\n| GPUs | size | batch a GPU | s/step | samples/s | peak GiB a GPU |\n|---|---|---|---|---|---|")
     for kind, result in report["training"].items():
@@ -355,15 +362,14 @@ def main():
             file = Path(folder) / f"{kind}.json"
             if file.exists():  # what was measured before a failure counts
                 report["training"][kind] = json.loads(file.read_text())
+            save_report(args, report, start)
         if "generate" in args.parts:
             try:
                 report["generation"], failures = generate_part(args, Path(folder))
                 report["failures"] |= failures
             except Exception as error:
                 report["failures"]["generation"] = f"{type(error).__name__}: {error}"
-    report["comparison"] = compare(report["training"], report["generation"])
-    report["total_seconds"] = round(time.perf_counter() - start, 1)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save_report(args, report, start)
     print_tables(report)
     if report["failures"]:
         sys.exit(1)
