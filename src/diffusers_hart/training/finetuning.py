@@ -94,7 +94,7 @@ def training_module(
 def training_settings(args: argparse.Namespace, accelerator: Accelerator, scales: Sequence[int]) -> dict[str, object]:
     """What a model card says of how a model was trained."""
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return {
+    settings = {
         "Scales": " ".join(str(side) for side in scales),
         "Steps": args.max_train_steps,
         "Pictures a step": batch_size,
@@ -102,6 +102,8 @@ def training_settings(args: argparse.Namespace, accelerator: Accelerator, scales
         "Precision": accelerator.mixed_precision,
         "Weights": f"average, decay {args.ema_decay:g}" if args.use_ema else "of the last step",
         "Token drop": "no" if args.no_token_drop else "yes",
-        "Tokens drawn for self-correction": f"up to {args.self_correction:g}",
         "Seed": args.seed,
     }
+    if getattr(args, "self_correction", 0):
+        settings["Tokens drawn for self-correction"] = f"up to {args.self_correction:g} of a picture's"
+    return settings
