@@ -29,8 +29,8 @@ from diffusers_hart.schedulers import HARTSchedulerOutput
 class RecordingScheduler(HARTScheduler):
     """Writes down the codes it draws, or, once told to replay, repeats them."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **config):
+        super().__init__(**config)
         self.codes = []
         self.replay = False
 
