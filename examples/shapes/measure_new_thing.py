@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | int]]:
     pipe.load_lora_weights(args.lora)
 
     shares, shown = {}, []
-    for kind, dataset in {"new": NewThings(SEED, "test"), "known": ShapesDataset(SEED, "test")}.items():
+    for kind, dataset in {"new": NewThings(SEED, "test", num_objects=1), "known": ShapesDataset(SEED, "test")}.items():
         prompts = [dataset[i]["caption"] for i in range(args.num_prompts)]
         statements = [dataset.statement(i) for i in range(args.num_prompts)]
         for adapter in ("without", "with"):

@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_images", type=int, default=30)
     parser.add_argument("--num_known", type=int, default=0, help="pictures of what the model knows, lest it forgets")
+    parser.add_argument("--repeats", type=int, default=1, help="how often the table has each new picture")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    new, known = NewThings(args.seed), ShapesDataset(args.seed)
+    new, known = NewThings(args.seed, num_objects=1), ShapesDataset(args.seed)
     examples = [new[i] for i in range(args.num_images)] + [known[i] for i in range(args.num_known)]
     batch = new.finish_batch({"scene": torch.stack([example["scene"] for example in examples])}, "cpu")
     images = VaeImageProcessor().postprocess(batch["pixel_values"], output_type="pil")
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         for i, (image, example) in enumerate(zip(images, examples)):
             name = f"{i:03d}.png"
             image.save(args.output_dir / name)
-            table.write(json.dumps({"file_name": name, "text": example["caption"]}) + "\n")
+            line = json.dumps({"file_name": name, "text": example["caption"]}) + "\n"
+            table.write(line * (args.repeats if i < args.num_images else 1))
 
 
 if __name__ == "__main__":
