@@ -19,7 +19,7 @@ def test_it_is_small_and_tells_nothing_of_where_it_was_made():
 
 
 def test_it_draws_what_is_asked_for():
-    """Single objects of one colour, which the checker names; half of them at least, where chance has one in hundreds."""
+    """Single objects, right in all that is said of them; three quarters at least, where chance has one in hundreds."""
     pipe = HARTPipeline.from_pretrained(diffusers_hart.shapes_model_path())
     pipe.set_progress_bar_config(disable=True)
     assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.float32}
@@ -32,4 +32,4 @@ def test_it_draws_what_is_asked_for():
     ).images
     assert images.shape == (count, 3, 128, 128)
     statements = [dataset.statement(i) for i in range(count)]
-    assert sum(load_shapes_checker().accepts(images * 2 - 1, statements)) >= count // 2
+    assert sum(load_shapes_checker().accepts(images * 2 - 1, statements)) >= 3 * count // 4
