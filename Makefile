@@ -2,7 +2,7 @@
 # SYSTEM_TORCH=1 takes the torch that PYTHON already has instead of installing one.
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= a red circle above a blue square
+PROMPT ?= a large red star with stripes
 TEST_WORKERS ?= 2
 
 BIN = $(VENV)/bin
