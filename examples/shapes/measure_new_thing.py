@@ -40,6 +40,17 @@ def draw(pipe: HARTPipeline, prompts: list[str], batch_size: int) -> torch.Tenso
     return torch.cat(images)
 
 
+def report(
+    shares: dict[str, dict[str, float | int]], shown: list[tuple[list, list[str]]], output_dir: Path, name: str
+) -> None:
+    """Print the shares and write them and the rows of pictures with their captions into the folder."""
+    pictures, captions = (sum(parts, []) for parts in zip(*shown))
+    captioned_grid(pictures, captions, len(shown[0][0])).save(output_dir / f"{name}.png")
+    (output_dir / f"{name}.json").write_text(json.dumps(shares, indent=1) + "\n")
+    for what, share in shares.items():
+        print(f"{what}: {share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%} of {share['count']})")
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float | int]]:
     args = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -63,11 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | int]]:
                 shares[f"new thing recognised, {adapter} the adapter"] = estimated_share(found)
                 pictures = VaeImageProcessor().postprocess(images[: args.num_shown], output_type="pil")
                 shown.append((pictures, [f"{adapter}: {prompt}" for prompt in prompts[: args.num_shown]]))
-    pictures, captions = (sum(parts, []) for parts in zip(*shown))
-    captioned_grid(pictures, captions, args.num_shown).save(args.output_dir / "before_after.png")
-    (args.output_dir / "new_thing.json").write_text(json.dumps(shares, indent=1) + "\n")
-    for name, share in shares.items():
-        print(f"{name}: {share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%} of {share['count']})")
+    report(shares, shown, args.output_dir, "new_thing")
     return shares
 
 

@@ -2,16 +2,14 @@
 """Whether an adapter of DreamBooth draws the subject of subject.py, and still draws others of its class."""
 
 import argparse
-import json
 from pathlib import Path
 
 from diffusers.image_processor import VaeImageProcessor
-from measure_new_thing import draw
+from measure_new_thing import draw, report
 from subject import LOOK
 
 from diffusers_hart import HARTPipeline, shapes_model_path
 from diffusers_hart.evaluation.confidence import estimated_share
-from diffusers_hart.evaluation.picture_grid import captioned_grid
 from diffusers_hart.shapes import Scene, ShapesDataset, load_shapes_checker
 
 
@@ -66,11 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | int]]:
             "others right in all": [said.holds(scene) for said, scene in zip(statements, scenes["others"])],
         }
         shares |= {f"{name}, {adapter} the adapter": estimated_share(values) for name, values in outcomes.items()}
-    pictures, captions = (sum(parts, []) for parts in zip(*shown))
-    captioned_grid(pictures, captions, args.num_shown).save(args.output_dir / "subject.png")
-    (args.output_dir / "subject.json").write_text(json.dumps(shares, indent=1) + "\n")
-    for name, share in shares.items():
-        print(f"{name}: {share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%} of {share['count']})")
+    report(shares, shown, args.output_dir, "subject")
     return shares
 
 

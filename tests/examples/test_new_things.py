@@ -51,7 +51,7 @@ def test_an_adapter_is_compared_with_the_model_alone(new_things, tmp_path):
         assert shares[f"{kind}, with the adapter"] == shares[f"{kind}, without the adapter"]
     assert shares["known prompts right in all, with the adapter"]["value"] > 0.2
     assert json.loads((tmp_path / "new_thing.json").read_text()) == shares
-    assert Image.open(tmp_path / "before_after.png").width == 2 * 128
+    assert Image.open(tmp_path / "new_thing.png").width == 2 * 128
 
 
 def test_the_shape_is_none_of_the_known_ones(new_things):

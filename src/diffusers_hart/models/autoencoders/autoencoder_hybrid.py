@@ -269,8 +269,9 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
                 where there is none.
 
         Returns:
-            `tuple`: `codes`, the nearest ones, `partial_latents` and `residual` as in [`HybridTokenizerOutput`]. Gradients flow into the
-            codebook, the corrections and, through the residual, the latent; the choice of codes has none.
+            `tuple`: `codes`, the nearest ones, `partial_latents` and `residual` as in [`HybridTokenizerOutput`].
+            Gradients flow into the codebook, the corrections and, through the residual, the latent; the choice of codes
+            has none.
         """
         scales = self.config.scales if scales is None else scales
         rest = latents.float()
