@@ -177,6 +177,13 @@ class FastRun:
                 return_dict=False,
             )
 
+        if self.path.graphs and scale_index == len(scales) - 1 and scale_index not in self._recorded:
+            # The last scale writes over keys and values that it has read, and recording runs it more than once.
+            buffers = (kv_cache.key, kv_cache.value)
+            as_they_were = [buffer.clone() for buffer in buffers]
+            self._record(scale_index, predict, inputs)
+            for buffer, saved in zip(buffers, as_they_were):
+                buffer.copy_(saved)
         logits, hidden_states = self._call(scale_index, predict, inputs)
         if self.path.graphs:  # what the model noted in the cache when it was recorded, now or before
             vars(kv_cache).update(self._cache_states.setdefault(scale_index, dict(vars(kv_cache))))
@@ -193,11 +200,14 @@ class FastRun:
         sample = self._call("residual", lambda **tensors: call(self.models[1], **tensors), inputs)
         return ResidualDiffusionMLPOutput(sample=sample)
 
+    def _record(self, name: Any, function: Callable, inputs: dict[str, Any]):
+        self._recorded[name] = RecordedCall(function, inputs, self.path.stream, self.path.pool)
+
     def _call(self, name: Any, function: Callable, inputs: dict[str, Any]) -> Any:
         if not self.path.graphs:
             return function(**inputs)
         if name not in self._recorded:
-            self._recorded[name] = RecordedCall(function, inputs, self.path.stream, self.path.pool)
+            self._record(name, function, inputs)
         return self._recorded[name](**inputs)
 
 
