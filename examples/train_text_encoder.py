@@ -50,6 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="weight of telling from a hidden state which token it stands at, beside predicting the next one",
     )
+    group.add_argument(
+        "--history_weight", type=float, default=0.125, help="weight of telling from it which tokens came before"
+    )
     add_data_arguments(parser)
     add_training_arguments(parser)
     parser.set_defaults(train_batch_size=64, learning_rate=1e-3)
@@ -114,7 +117,8 @@ def main(argv: list[str] | None = None) -> Path:
     text_encoder = new_text_encoder(text_encoder_config(args, tokenizer), args.seed).train()
     if args.gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable()
-    weights = WeightUpdates(args, accelerator, TextEncoderTrainingModule(text_encoder, args.recall_weight))
+    module = TextEncoderTrainingModule(text_encoder, args.recall_weight, args.history_weight)
+    weights = WeightUpdates(args, accelerator, module)
 
     # 3. The run
     def training_step(micro_batches: list[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
@@ -141,6 +145,7 @@ def main(argv: list[str] | None = None) -> Path:
                     "Tokens": len(tokenizer),
                     "Width, layers": f"{text_encoder.config.hidden_size}, {text_encoder.config.num_hidden_layers}",
                     "Weight of recalling tokens": f"{args.recall_weight:g}",
+                    "Weight of recalling those before": f"{args.history_weight:g}",
                     "Steps": args.max_train_steps,
                     "Captions a step": batch_size,
                     "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",

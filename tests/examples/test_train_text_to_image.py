@@ -485,6 +485,8 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(train, tmp_path):
         ("--resolution 100", "--resolution 100 has no schedule of scales; this model has some for 64, 128 pixels"),
         ("--caption_column prompt", "no column 'prompt'"),
         ("--residual_mlp_config sizes.json", "add --from_scratch"),
+        ("--num_scales 6", "--num_scales must be from 2 to 5, not 6"),
+        ("--num_scales 3 --self_correction 0.5", "goes without --self_correction"),
         ("--train_batch_size 7", "has 6 examples, too few for one batch of 7"),
         ("--train_shards a.tar", "Name one source of training data"),
     ],
@@ -508,6 +510,19 @@ def test_new_models_that_do_not_fit(config, message, train, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         train("run", f"--from_scratch --transformer_config {tmp_path}/config.json")
+
+
+def test_first_scales_alone(train, tiny_pipeline, tmp_path):
+    """They are learnt, the run is saved and resumed, and what the residual alone uses stays as it was."""
+    options = "--num_scales 3 --learning_rate 1e-3 --use_ema --checkpointing_steps 20"
+    whole = train("whole", f"{options} --max_train_steps 40")
+    assert metrics(whole, "code_loss")[40] < metrics(whole, "code_loss")[1]
+    assert "1 2 3\n" in ModelCard.load(whole / "README.md").text.replace(" |", "\n")
+    assert_same_weights(whole, tiny_pipeline, ["residual_mlp"])
+    assert not torch.equal(*(weights(f, "transformer")["proj_out.weight"] for f in (whole, tiny_pipeline)))
+    shutil.copytree(whole / "checkpoint-20", tmp_path / "again" / "checkpoint-20")
+    again = train("again", f"{options} --max_train_steps 40 --resume_from_checkpoint latest")
+    assert_same_weights(again, whole)
 
 
 def test_unreadable_pictures(train, tmp_path):

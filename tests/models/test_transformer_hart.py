@@ -29,6 +29,18 @@ def test_teacher_forced(model, assert_close):
 
 
 @torch.no_grad()
+def test_first_scales_alone(model):
+    """What is given of the scales' inputs is predicted as with all of them: no scale sees one behind it."""
+    whole = teacher_forced(model).logits
+    for count in range(2, len(model.scales)):
+        num_tokens = sum(side * side for side in model.scales[:count])
+        inputs = model["tok.scale_inputs"][:, : num_tokens - 1]
+        text = model["in.prompt_embeds"], model["in.prompt_attention_mask"]
+        first = model.pipe.transformer(inputs, model.scales, *text).logits
+        torch.testing.assert_close(first, whole[:, :num_tokens], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_token_drop(model, assert_close):
     transformer, vae = model.pipe.transformer, model.pipe.vae
     dropped = model["drop.dropped_indices"]

@@ -67,15 +67,15 @@ def test_what_is_predicted(tokenizer):
 def test_captions_without_text(tokenizer, text_encoder):
     inputs = language_model_inputs(tokenizer, ["", ""], 40)
     assert inputs["input_ids"].shape == (2, 1) and not inputs["mask"].any()
-    for recall_weight in (0.0, 1.0):
-        assert TextEncoderTrainingModule(text_encoder, recall_weight)(**inputs)["loss"] == 0
+    for weight in (0.0, 1.0):
+        assert TextEncoderTrainingModule(text_encoder, weight, weight)(**inputs)["loss"] == 0
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_a_causal_language_model(tokenizer, text_encoder, tmp_path):
     text_encoder.save_pretrained(tmp_path)
     model = Qwen2ForCausalLM.from_pretrained(tmp_path)
-    module = TextEncoderTrainingModule(text_encoder, recall_weight=0.0)
+    module = TextEncoderTrainingModule(text_encoder, recall_weight=0.0, history_weight=0.0)
     assert {name for name, _ in module.named_children()} == {"text_encoder"}
     losses = []
     for caption in CAPTIONS[:3]:
@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_a_causal_language_model(tokenizer, text_encoder, tm
 
 def test_hidden_states_recall_their_tokens(tokenizer, text_encoder):
     inputs = language_model_inputs(tokenizer, CAPTIONS[:3], 40)
-    module = TextEncoderTrainingModule(copy.deepcopy(text_encoder), recall_weight=2.0)
+    module = TextEncoderTrainingModule(copy.deepcopy(text_encoder), recall_weight=2.0, history_weight=0.0)
     losses = module(**inputs)
     torch.testing.assert_close(losses["recall_loss"], torch.tensor(float(len(tokenizer))).log())  # it begins at zero
     torch.testing.assert_close(losses["loss"], losses["next_token_loss"] + 2 * losses["recall_loss"])
@@ -101,6 +101,23 @@ def test_hidden_states_recall_their_tokens(tokenizer, text_encoder):
     hidden_states = module.text_encoder(input_ids=inputs["input_ids"]).last_hidden_state
     recalled = module.recall(hidden_states).argmax(-1)
     assert torch.equal(recalled[inputs["mask"]], inputs["input_ids"][inputs["mask"]])
+
+
+def test_hidden_states_tell_what_came_before(tokenizer, text_encoder):
+    inputs = language_model_inputs(tokenizer, CAPTIONS[:3], 40)
+    module = TextEncoderTrainingModule(copy.deepcopy(text_encoder), recall_weight=0.0, history_weight=0.5)
+    losses = module(**inputs)
+    torch.testing.assert_close(losses["history_loss"], len(tokenizer) * torch.tensor(2.0).log())  # it begins at zero
+    torch.testing.assert_close(losses["loss"], losses["next_token_loss"] + 0.5 * losses["history_loss"])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        module(**inputs)["loss"].backward()
+        optimizer.step()
+    told = module.history(module.text_encoder(input_ids=inputs["input_ids"]).last_hidden_state) > 0
+    for ids, length, found in zip(inputs["input_ids"].tolist(), inputs["mask"].sum(1), told):
+        for place in range(length):
+            assert set(found[place].nonzero().flatten().tolist()) == set(ids[:place])
 
 
 def test_weights_are_a_function_of_the_seed(text_encoder):

@@ -114,6 +114,25 @@ def test_the_loss_is_the_sum_of_its_parts(pipe, batch):
         torch.testing.assert_close(losses["loss"], losses["code_loss"] + weight * residual)
 
 
+def test_first_scales_alone(pipe, batch):
+    """The code loss is that of a whole step over these scales, and what the residual alone uses gets no gradient."""
+    source = copy.deepcopy(pipe)
+    initialize_transformer(source.transformer, torch.Generator().manual_seed(0))
+    targets, text = batch
+    module = make_module(source, num_scales=3, condition_dropout=0.0)
+    losses = module(targets, 0, range(4), **text)
+    assert set(losses) == {"loss", "code_loss", "code_accuracy"}
+    assert module.num_kept_tokens(0) == 64
+    with torch.no_grad():
+        mask = text["prompt_attention_mask"]
+        logits = source.transformer(targets.scale_inputs, SCALES, text["prompt_embeds"], mask).logits
+        expected = F.cross_entropy(logits[:, :14].flatten(0, 1), targets.codes[:, :14].flatten())
+    torch.testing.assert_close(losses["loss"], expected)
+    losses["loss"].backward()
+    without = {name for name, parameter in module.named_parameters() if parameter.grad is None}
+    assert without == {n for n, _ in module.named_parameters() if n.startswith(("residual_mlp", "transformer.residual"))}
+
+
 @torch.no_grad()
 def test_draws_do_not_depend_on_the_batch(pipe, batch):
     module = make_module(pipe, condition_dropout=0.5)

@@ -78,6 +78,11 @@ class ShapesDataset:
                 return scene, caption, statement
 
 
+def pairs() -> ShapesDataset:
+    """What composition is learnt from: two objects, and how they lie to each other."""
+    return ShapesDataset(num_objects=2)
+
+
 def every_combination() -> ShapesDataset:
     """What the checker is trained on, also combinations that are held out from those who draw."""
     return ShapesDataset(split="any")

@@ -44,8 +44,14 @@ def trainable_models(
         `dict[str, ModelMixin]`: `transformer` and `residual_mlp`, in float32.
 
     Raises:
-        ValueError: If the models do not fit each other, the tokenizer, the text encoder or the number of scales.
+        ValueError: If the models do not fit each other, the tokenizer, the text encoder or the number of scales, or if
+            the arguments contradict each other.
     """
+    first_scales_alone = getattr(args, "num_scales", None)
+    if first_scales_alone is not None and not 2 <= first_scales_alone < len(scales):
+        raise ValueError(f"--num_scales must be from 2 to {len(scales) - 1}, not {first_scales_alone}.")
+    if first_scales_alone is not None and args.self_correction:
+        raise ValueError("--num_scales, the first scales alone, goes without --self_correction.")
     if not args.from_scratch and (args.transformer_config or (args.residual_mlp_config and residual_mlp is not None)):
         raise ValueError("--transformer_config and --residual_mlp_config describe new models: add --from_scratch.")
     if args.from_scratch:
@@ -64,6 +70,9 @@ def trainable_models(
             model.enable_gradient_checkpointing()
         if args.compile:
             model.compile_repeated_blocks(dynamic=True)
+    if first_scales_alone is not None:  # without a residual, what serves it alone gets no gradient
+        residual_mlp.requires_grad_(False)
+        transformer.residual_norm.requires_grad_(False)
     return models
 
 
@@ -88,6 +97,7 @@ def training_module(
         residual_loss_weight=args.residual_loss_weight,
         residual_batch_multiplier=args.residual_batch_multiplier,
         self_correction=args.self_correction,
+        num_scales=args.num_scales,
     )
 
 
@@ -95,7 +105,7 @@ def training_settings(args: argparse.Namespace, accelerator: Accelerator, scales
     """What a model card says of how a model was trained."""
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     settings = {
-        "Scales": " ".join(str(side) for side in scales),
+        "Scales": " ".join(str(side) for side in scales[: getattr(args, "num_scales", None)]),
         "Steps": args.max_train_steps,
         "Pictures a step": batch_size,
         "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -499,8 +500,8 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, tokens, in_channels)`, *optional*):
-                Inputs of one scale, or of the scales 1 to K - 1. `None` for scale 0, which has no input of its own:
-                its one token is predicted from the condition.
+                Inputs of one scale, or of the scales 1 to K - 1 or, of these, the first ones alone. `None` for scale 0,
+                which has no input of its own: its one token is predicted from the condition.
             scales (`Sequence[int]`): Sides of all `K` scales in tokens.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, text_tokens, caption_channels)`, *optional*):
                 Text embeddings; needed for scale 0 and under teacher forcing.
@@ -546,8 +547,10 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         # 2. The tokens of the scales
         segments = None
         if scale_index is None:
+            ends = list(itertools.accumulate((side * side for side in scales[1:]), initial=1))
+            indices = range(1, ends.index(1 + hidden_states.shape[1]) + 1)
             hidden_states, visual_rotary_emb, lengths = self._embed_scales(
-                hidden_states, range(1, len(scales)), scales, offset, kept_tokens
+                hidden_states, indices, scales, offset, kept_tokens
             )
             hidden_states = torch.cat([prefix, hidden_states], dim=1)
             rotary_emb = tuple(torch.cat(pair, dim=1) for pair in zip(rotary_emb, visual_rotary_emb))
