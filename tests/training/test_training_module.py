@@ -130,7 +130,9 @@ def test_first_scales_alone(pipe, batch):
     torch.testing.assert_close(losses["loss"], expected)
     losses["loss"].backward()
     without = {name for name, parameter in module.named_parameters() if parameter.grad is None}
-    assert without == {n for n, _ in module.named_parameters() if n.startswith(("residual_mlp", "transformer.residual"))}
+    assert without == {
+        n for n, _ in module.named_parameters() if n.startswith(("residual_mlp", "transformer.residual"))
+    }
 
 
 @torch.no_grad()

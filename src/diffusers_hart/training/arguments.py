@@ -112,7 +112,9 @@ def add_hart_arguments(parser: argparse.ArgumentParser) -> None:
         help="up to what share of tokens scales go on from codes the model drew",
     )
     group.add_argument(
-        "--num_scales", type=positive_int, help="train on the first so many scales alone: what is where, at little cost"
+        "--num_scales",
+        type=positive_int,
+        help="train on the first so many scales alone: what is where, at little cost",
     )
     group.add_argument("--precomputed_data_dir", help="folder of precompute_targets.py, instead of pictures")
     add_loss_arguments(parser)
