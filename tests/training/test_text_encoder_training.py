@@ -87,17 +87,21 @@ def test_the_loss_is_that_of_a_causal_language_model(tokenizer, text_encoder, tm
     torch.testing.assert_close(together, torch.stack(losses).mean())
 
 
+def learn(module, inputs, steps):
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(**inputs)["loss"].backward()
+        optimizer.step()
+
+
 def test_hidden_states_recall_their_tokens(tokenizer, text_encoder):
     inputs = language_model_inputs(tokenizer, CAPTIONS[:3], 40)
     module = TextEncoderTrainingModule(copy.deepcopy(text_encoder), recall_weight=2.0, history_weight=0.0)
     losses = module(**inputs)
     torch.testing.assert_close(losses["recall_loss"], torch.tensor(float(len(tokenizer))).log())  # it begins at zero
     torch.testing.assert_close(losses["loss"], losses["next_token_loss"] + 2 * losses["recall_loss"])
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        module(**inputs)["loss"].backward()
-        optimizer.step()
+    learn(module, inputs, 60)
     hidden_states = module.text_encoder(input_ids=inputs["input_ids"]).last_hidden_state
     recalled = module.recall(hidden_states).argmax(-1)
     assert torch.equal(recalled[inputs["mask"]], inputs["input_ids"][inputs["mask"]])
@@ -109,11 +113,7 @@ def test_hidden_states_tell_what_came_before(tokenizer, text_encoder):
     losses = module(**inputs)
     torch.testing.assert_close(losses["history_loss"], len(tokenizer) * torch.tensor(2.0).log())  # it begins at zero
     torch.testing.assert_close(losses["loss"], losses["next_token_loss"] + 0.5 * losses["history_loss"])
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-    for _ in range(200):
-        optimizer.zero_grad()
-        module(**inputs)["loss"].backward()
-        optimizer.step()
+    learn(module, inputs, 200)
     told = module.history(module.text_encoder(input_ids=inputs["input_ids"]).last_hidden_state) > 0
     for ids, length, found in zip(inputs["input_ids"].tolist(), inputs["mask"].sum(1), told):
         for place in range(length):
