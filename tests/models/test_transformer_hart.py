@@ -166,6 +166,24 @@ def test_fused_projections_change_nothing(tiny, assert_close):
     assert torch.equal(transformer(*arguments).logits, before)
 
 
+@torch.no_grad()
+def test_fused_projections_take_no_memory_and_are_saved_as_three(tiny, tmp_path):
+    transformer = HARTTransformer2DModel.from_config(tiny.pipe.transformer.config)
+    transformer.load_state_dict(tiny.pipe.transformer.state_dict())
+    transformer.fuse_qkv_projections()
+    attn = transformer.transformer_blocks[0].attn
+    storages = {
+        module.weight.untyped_storage().data_ptr() for module in (attn.to_qkv, attn.to_q, attn.to_k, attn.to_v)
+    }
+    assert len(storages) == 1
+    attn.to_qkv.weight.mul_(2)
+    transformer.save_pretrained(tmp_path)
+    saved = HARTTransformer2DModel.from_pretrained(tmp_path).transformer_blocks[0].attn
+    original = tiny.pipe.transformer.transformer_blocks[0].attn
+    for name in ("to_q", "to_k", "to_v"):
+        assert torch.equal(getattr(saved, name).weight, 2 * getattr(original, name).weight)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(tiny):
     gradients = []
     for checkpointing in (False, True):

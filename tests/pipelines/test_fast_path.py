@@ -282,24 +282,110 @@ def test_weights_that_are_written_over_are_those_that_draw(tiny):
 
 
 class RepeatedCall:
-    """What a recorded call does to memory, without a GPU: the function runs to be recorded and once more each time."""
+    """
+    What a recorded call does to memory, without a GPU: the function runs to be recorded and once more each time, reads
+    its inputs from places of its own and writes the same tensors again and again.
+    """
 
-    def __init__(self, function, inputs, stream, pool):
+    made = 0
+
+    def __init__(self, function, inputs, stream, pool, in_place=()):
+        RepeatedCall.made += 1
         self.function = function
+        self.inputs = {
+            name: value.clone() if isinstance(value, torch.Tensor) and name not in in_place else value
+            for name, value in inputs.items()
+        }
         for _ in range(2):
-            function(**inputs)
+            self.output = function(**self.inputs)
 
     def __call__(self, **inputs):
-        return self.function(**inputs)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                self.inputs[name].copy_(value)
+            else:
+                self.inputs[name] = value
+        output = self.function(**self.inputs)
+        for place, value in zip(self._tensors(self.output), self._tensors(output)):
+            place.copy_(value)
+        return self.output
+
+    @staticmethod
+    def _tensors(output):
+        return (output,) if isinstance(output, torch.Tensor) else output
 
 
-def test_the_picture_that_is_recorded_anew_is_right(tiny, monkeypatch):
-    """The last scale writes over keys that it has read: running it to record it must not change the picture."""
-    pipe = pipeline(tiny)
-    pipe.enable_fast_path(compile_models=False)
+@pytest.fixture
+def recorded(tiny, monkeypatch):
+    """A function that makes the pipeline of given components with a fast path of recorded calls."""
+
+    def make(compile_models=False, **changes):
+        pipe = pipeline(tiny, **changes)
+        pipe.enable_fast_path(compile_models=compile_models, compile_options=EAGER)
+        pipe._fast_path._runs.clear()
+        pipe._fast_path.accepts_new = pipe._fast_path.graphs = True
+        return pipe
+
     monkeypatch.setattr(fast_path, "RecordedCall", RepeatedCall)
+    monkeypatch.setattr(RepeatedCall, "made", 0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    pipe._fast_path.graphs = True
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"smooth": False}, {"top_k": 1, "smooth": False}, {"top_p": 0.7}])
+def test_recorded_drawing_draws_the_same(tiny, recorded, options):
+    pipe = recorded()
+    for seed in range(2):
+        assert torch.allclose(draw(pipe, seed=seed, **options), draw(tiny.pipe, seed=seed, **options), atol=1e-4)
+
+
+def test_what_a_callback_keeps_is_not_written_over(recorded):
+    pipe, kept = recorded(), []
+    draw(pipe, callback_on_step_end=lambda pipe, k, side, tensors: kept.append(tensors["latents"]) or {})
+    copies = [latents.clone() for latents in kept]
+    draw(pipe, seed=1)
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_a_slider_does_not_record_without_end(tiny, recorded):
+    pipe = recorded()
+    for k in range(2, 8):
+        assert torch.allclose(draw(pipe, top_k=k), draw(tiny.pipe, top_k=k), atol=1e-4)
+    scales = len(tiny.scales)
+    assert RepeatedCall.made == scales + 1 + fast_path.MAX_RECORDED_WAYS * scales
+
+
+def test_drawing_by_another_scheduler_is_not_recorded(tiny, recorded):
+    scheduler = RecordingScheduler(schedules=(tiny.scales,))
+    scheduler.codes = []
+    pipe = recorded(scheduler=scheduler)
+    for _ in range(2):
+        scheduler.codes.clear()
+        draw(pipe)
+        assert len(scheduler.codes) == len(tiny.scales)
+    pipe.scheduler = HARTScheduler(schedules=(tiny.scales,), top_k=1)
+    expected = pipeline(tiny, scheduler=pipe.scheduler)
+    assert torch.allclose(draw(pipe), draw(expected), atol=1e-4)
+    pipe.scheduler = HARTScheduler(schedules=(tiny.scales,))
+    assert torch.allclose(draw(pipe), draw(tiny.pipe), atol=1e-4)
+
+
+def test_recorded_decoding_follows_the_weights(tiny, recorded):
+    pipe = recorded(compile_models=True, vae=copy.deepcopy(tiny.pipe.vae))
+    before = draw(pipe, num_images_per_prompt=2)
+    assert torch.allclose(before, draw(tiny.pipe, num_images_per_prompt=2), atol=1e-4)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(0.25)
+    changed = draw(pipe, num_images_per_prompt=2)
+    pipe.disable_fast_path()
+    assert torch.allclose(changed, draw(pipe, num_images_per_prompt=2), atol=1e-4)
+    assert not torch.allclose(changed, before, atol=0.05)
+
+
+def test_the_picture_that_is_recorded_anew_is_right(recorded):
+    """The last scale writes over keys that it has read: running it to record it must not change the picture."""
+    pipe = recorded()
+    draw(pipe)
     pipe.transformer.fuse_qkv_projections()
     recorded_now = draw(pipe, smooth=False)
     assert torch.equal(recorded_now, draw(pipe, smooth=False))

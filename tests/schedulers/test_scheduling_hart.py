@@ -33,6 +33,19 @@ def test_a_step_leaves_its_input_alone(logits):
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 7, "smooth": False}, {"top_k": 1}])
+def test_a_step_draws_with_the_noise_it_is_given(logits, options):
+    def generator():
+        return torch.Generator().manual_seed(0)
+
+    scheduler = HARTScheduler()
+    noise = scheduler.draw_noise(logits.shape, logits.device, 3, **options, generator=generator())
+    given = scheduler.step(logits, 3, 14, **options, noise=noise)
+    drawn = scheduler.step(logits, 3, 14, **options, generator=generator())
+    assert torch.equal(given.codes, drawn.codes)
+    assert (given.weights is None and drawn.weights is None) or torch.equal(given.weights, drawn.weights)
+
+
 def test_guidance_ramps_up_and_repeats_itself_at_the_last_scale():
     scheduler = HARTScheduler()
     ramp = [scheduler.guidance(4.5, k, 14) for k in range(14)]

@@ -174,6 +174,7 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         smooth: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        noise: dict[str, torch.Tensor] | None = None,
     ) -> HARTSchedulerOutput | tuple:
         r"""
         Draw the codes of one scale.
@@ -188,10 +189,13 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of randomness, or one for each sample.
             return_dict (`bool`, defaults to `True`): Whether to return a [`HARTSchedulerOutput`] or a tuple.
+            noise (`dict[str, torch.Tensor]`, *optional*): What [`draw_noise`] gave, in place of `generator`.
 
         Returns:
             [`HARTSchedulerOutput`] or `tuple`: codes and, with `smooth`, weights.
         """
+        if noise is None:
+            noise = self.draw_noise(logits.shape, logits.device, scale_index, top_k, smooth, generator)
         # What is left of the codebook by top-k is a tenth of it or less: all that follows is done with that alone.
         logits, codebook_size = logits.float(), logits.shape[-1]
         num_kept = min(self.num_kept_codes(scale_index, top_k), codebook_size)
@@ -203,11 +207,11 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         if top_k == 1:
             codes = logits.argmax(-1)
         else:
-            codes = self.draw_codes(logits, _uniform(logits.shape[:-1], logits.device, generator))
+            codes = self.draw_codes(logits, noise["uniform"])
         weights = None
         if smooth:
-            noise = _exponential(tuple(logits.shape), logits.device, generator)
-            weights = self.smooth_weights(logits, -noise.clamp_min_(1e-20).log_(), scale_index, num_scales)
+            gumbel_noise = -noise["exponential"].clamp_min(1e-20).log()
+            weights = self.smooth_weights(logits, gumbel_noise, scale_index, num_scales)
         if kept is not None:
             codes = kept.gather(-1, codes[..., None]).squeeze(-1)
             if smooth:
@@ -215,6 +219,27 @@ class HARTScheduler(OwnConfigMixin, SchedulerMixin, ConfigMixin):
         if not return_dict:
             return codes, weights
         return HARTSchedulerOutput(codes=codes, weights=weights)
+
+    def draw_noise(
+        self,
+        logits_shape: tuple[int, ...],
+        device: torch.device,
+        scale_index: int,
+        top_k: int | None = None,
+        smooth: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        The random numbers of a [`step`] with logits of that shape, float32 on `device`: `"uniform"` in (0, 1], one for
+        each token, unless `top_k` is 1, and with `smooth` `"exponential"`, one for each code that is chosen from.
+        """
+        num_kept = min(self.num_kept_codes(scale_index, top_k), logits_shape[-1])
+        noise = {}
+        if top_k != 1:
+            noise["uniform"] = _uniform(tuple(logits_shape[:-1]), device, generator)
+        if smooth:
+            noise["exponential"] = _exponential((*logits_shape[:-1], num_kept), device, generator)
+        return noise
 
     def num_kept_codes(self, scale_index: int, top_k: int | None = None) -> int:
         """Number of codes a draw chooses from: `top_k` or, without, what is configured for the scale."""

@@ -284,6 +284,11 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
         self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
         self.to_qkv.weight.copy_(weight)
         self.to_qkv.bias.copy_(bias)
+        # The three, of which the model is saved, become views: nothing is kept twice.
+        for i, projection in enumerate((self.to_q, self.to_k, self.to_v)):
+            projection.weight.data = self.to_qkv.weight.data.chunk(3)[i]
+            if projection.bias is not None:
+                projection.bias.data = self.to_qkv.bias.data.chunk(3)[i]
         self.fused_projections = True
         self._saved_layout = self.register_state_dict_post_hook(_without_fused_projections)
 

@@ -8,8 +8,9 @@ loop over scales and records each call the first time it is made.
 import copy
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...models.residual_diffusion_mlp import ResidualDiffusionMLPOutput
 from ...models.transformers.transformer_hart import HARTKVCache, HARTTransformer2DModelOutput
+from ...schedulers.scheduling_hart import HARTScheduler
 
 
 logger = logging.get_logger(__name__)
+
+# Of how many ways to draw a run records graphs (each has its own), so that a slider does not fill the memory.
+MAX_RECORDED_WAYS = 4
 
 
 def run_block(block: nn.Module, *arguments) -> torch.Tensor:
@@ -52,8 +57,9 @@ def state_of(model: nn.Module) -> tuple:
     What a recorded call of `model` depends on beside the values of its weights: where these lie, the attention backends
     and the adapters. If it has changed the record is of no use.
     """
-    state = [address(parameter) for parameter in model.parameters()]
+    state = []
     for module in model.modules():
+        state += [address(parameter) for parameter in module._parameters.values() if parameter is not None]
         if isinstance(module, BaseTunerLayer):
             scaling = [value for value in getattr(module, "scaling", {}).values() if isinstance(value, float | int)]
             state.append((*module.active_adapters, *scaling, *module.merged_adapters, module.disable_adapters))
@@ -97,20 +103,32 @@ class PlainRun:
         self.residual_mlp = residual_mlp
         self.kv_cache = HARTKVCache()
 
+    def draw(self, function: Callable, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+        return function(*arguments)
+
 
 class RecordedCall:
     """
     The kernels of `function(**tensors)` as a CUDA graph. A call copies its tensors (or numbers) to where the graph
-    reads them and gives the tensors that the graph writes: the same ones each time.
+    reads them and gives the tensors that the graph writes: the same ones each time. Those of `in_place`, which another
+    graph writes, are read where they are.
     """
 
-    def __init__(self, function: Callable, inputs: dict[str, Any], stream: torch.cuda.Stream, pool: Any):
-        self.inputs = {
-            name: value.clone()
-            if isinstance(value, torch.Tensor)
-            else torch.full((), float(value), device=stream.device)
-            for name, value in inputs.items()
-        }
+    def __init__(
+        self,
+        function: Callable,
+        inputs: dict[str, Any],
+        stream: torch.cuda.Stream,
+        pool: Any,
+        in_place: Collection[str] = (),
+    ):
+        self.inputs = {}
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor):
+                value = torch.full((), float(value), device=stream.device)
+            elif name not in in_place:
+                value = value.clone()
+            self.inputs[name] = value
         # Compiling, planning and allocating what stays happens before, on a stream of its own as graphs demand.
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -123,26 +141,36 @@ class RecordedCall:
 
     def __call__(self, **inputs) -> Any:
         for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                self.inputs[name].copy_(value)
-            else:
+            if not isinstance(value, torch.Tensor):
                 self.inputs[name].fill_(value)
+            elif value is not self.inputs[name]:
+                self.inputs[name].copy_(value)
         self.graph.replay()
         return self.output
 
 
 class FastRun:
     """
-    What one kind of picture (device, dtype, batch, scales, ...) is drawn with: compiled blocks and, on CUDA, a recorded
-    call for each scale and one for the residual MLP, with the keys and values they work on.
+    What one kind of picture (device, dtype, batch, scales, ...) is drawn with: compiled blocks and, on CUDA, recorded
+    calls for each scale (the transformer's, and drawing its codes) and one for the residual MLP, with the keys and
+    values they work on.
     """
 
-    def __init__(self, path: "FastPath", transformer: nn.Module, residual_mlp: nn.Module | None, label: str):
+    def __init__(
+        self,
+        path: "FastPath",
+        transformer: nn.Module,
+        residual_mlp: nn.Module | None,
+        scheduler: HARTScheduler,
+        label: str,
+    ):
         self.path = path
         self.label = label
         self.models = (transformer, residual_mlp)
+        self.scheduler = scheduler
         self.kv_cache = HARTKVCache()
         self._recorded: dict[Any, RecordedCall] = {}
+        self._ways: set[tuple] = set()
         self._cache_states: dict[int, dict[str, Any]] = {}
 
     def transformer(
@@ -189,6 +217,33 @@ class FastRun:
             vars(kv_cache).update(self._cache_states.setdefault(scale_index, dict(vars(kv_cache))))
         return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
 
+    def draw(
+        self,
+        function: Callable,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        scale_index: int,
+        scales: tuple[int, ...],
+        top_k: int | None,
+        top_p: float | None,
+        smooth: bool,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        way = (top_k, top_p, smooth)
+        # Schedulers of other classes may do what a record would leave out.
+        recordable = self.path.graphs and type(self.scheduler) is HARTScheduler
+        if not recordable or len(self._ways | {way}) > MAX_RECORDED_WAYS:
+            return function(logits, latents, scale_index, scales, *way, generator)
+        self._ways.add(way)
+        noise = self.scheduler.draw_noise(logits.shape, logits.device, scale_index, top_k, smooth, generator)
+
+        def draw(logits, latents, **noise):
+            return function(logits, latents, scale_index, scales, *way, noise=noise)
+
+        inputs = {"logits": logits, "latents": latents, **noise}
+        codes, latents = self._call((scale_index, way), draw, inputs, in_place=("logits",))
+        return codes.clone(), latents.clone()  # callers keep them
+
     def residual_mlp(
         self, tokens: torch.Tensor, timestep: torch.Tensor | float, condition_embeds: torch.Tensor
     ) -> ResidualDiffusionMLPOutput:
@@ -200,14 +255,14 @@ class FastRun:
         sample = self._call("residual", lambda **tensors: call(self.models[1], **tensors), inputs)
         return ResidualDiffusionMLPOutput(sample=sample)
 
-    def _record(self, name: Any, function: Callable, inputs: dict[str, Any]):
-        self._recorded[name] = RecordedCall(function, inputs, self.path.stream, self.path.pool)
+    def _record(self, name: Any, function: Callable, inputs: dict[str, Any], in_place: Collection[str] = ()):
+        self._recorded[name] = RecordedCall(function, inputs, self.path.stream, self.path.pool, in_place)
 
-    def _call(self, name: Any, function: Callable, inputs: dict[str, Any]) -> Any:
+    def _call(self, name: Any, function: Callable, inputs: dict[str, Any], in_place: Collection[str] = ()) -> Any:
         if not self.path.graphs:
             return function(**inputs)
         if name not in self._recorded:
-            self._record(name, function, inputs)
+            self._record(name, function, inputs, in_place)
         return self._recorded[name](**inputs)
 
 
@@ -246,6 +301,7 @@ class FastPath:
         self._model_state: tuple | None = None
         self._decoder: tuple[tuple, nn.Module, nn.Module] | None = None
         self._decoded_sizes: set[tuple] = set()
+        self._recorded_decoders: dict[tuple, RecordedCall] = {}
         self._told: set[tuple] = set()
 
     def compiled(self, function: Callable, label: str, always_static: bool = False) -> Callable:
@@ -281,7 +337,7 @@ class FastPath:
             tuple(config.kept_fractions),
         )
         models = (pipe.transformer, pipe.residual_mlp)
-        if tensor.device != self.device or not self.stays_here(*models):
+        if tensor.device != self.device or not self.stays_here(*models, pipe.vae):
             return None
         if torch.is_autocast_enabled(self.device.type) or torch.is_grad_enabled():
             return None
@@ -297,7 +353,9 @@ class FastPath:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            state = tuple(None if model is None else state_of(model) for model in models)
+            read = (*models, pipe.vae.codebook, pipe.vae.phi)
+            state = tuple(None if model is None else state_of(model) for model in read)
+            state += (type(pipe.scheduler), str(pipe.scheduler.config))
             if state != self._model_state:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
@@ -307,7 +365,7 @@ class FastPath:
                 self._model_state = state
             if self._runs.get(key) is None:
                 label = f"{batch_size}_{len(tensor)}_{scales[-1]}"
-                self._runs[key] = FastRun(self, *models, label)
+                self._runs[key] = FastRun(self, *models, pipe.scheduler, label)
             return self._runs[key]
         except BaseException:
             self._lock.release()
@@ -332,14 +390,26 @@ class FastPath:
             # A copy: the eager decoder is faster in the usual layout, the compiled one in this.
             modules = (copy.deepcopy(module).to(memory_format=torch.channels_last) for module in self._decoder_of(vae))
             self._decoder = (state, *modules)
+            self._recorded_decoders.clear()
         self._decoded_sizes.add(size)
         decode = self.compiled(run_decoder, f"{size[-2]}_{str(latents.dtype).rpartition('.')[2]}", always_static=True)
         with measured_convolutions():
             images = [
-                decode(*self._decoder[1:], latent.contiguous(memory_format=torch.channels_last))
-                for latent in latents.split(1)
+                self._decode_one(size, partial(decode, *self._decoder[1:]), latent) for latent in latents.split(1)
             ]
         return torch.cat(images).contiguous()
+
+    def _decode_one(self, size: tuple, decode: Callable, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        if not self.graphs or torch.is_grad_enabled() or not self._lock.acquire(blocking=False):
+            return decode(latents)
+        try:
+            if size not in self._recorded_decoders:
+                recorded = RecordedCall(lambda latents: decode(latents), {"latents": latents}, self.stream, self.pool)
+                self._recorded_decoders[size] = recorded
+            return self._recorded_decoders[size](latents=latents).clone()
+        finally:
+            self._lock.release()
 
     @staticmethod
     def _decoder_of(vae: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -392,15 +392,15 @@ class HARTGenerationMixin:
                     attention_kwargs=attention_kwargs,
                 )
 
-                # 2. The scheduler draws them
-                drawn = self.scheduler.step(output.logits, k, len(scales), top_k, top_p, smooth, generator)
-                code_embeds = self.vae.embed(drawn.weights if smooth else drawn.codes)
+                # 2. The scheduler draws them, and the tokenizer adds them to the picture
+                codes, latents = run.draw(
+                    self._draw_scale, output.logits, latents, k, scales, top_k, top_p, smooth, generator
+                )
 
-                # 3. The tokenizer adds them to the picture, and behind the last scale the residual
-                latents = self.vae.accumulate(latents, code_embeds, k, scales)
+                # 3. Behind the last scale the residual is added
                 if k == len(scales) - 1 and num_inference_steps > 0:
                     # The pretrained residual knows the code that was drawn, also where the picture is smoothed.
-                    code_embeds = self.vae.embed(drawn.codes).repeat(branches, 1, 1)
+                    code_embeds = self.vae.embed(codes).repeat(branches, 1, 1)
                     residual_condition = self.transformer.residual_condition(output.hidden_states, code_embeds)
                     latents = latents + self.sample_residual(
                         residual_condition,
@@ -430,6 +430,23 @@ class HARTGenerationMixin:
                     scale_input = scale_input.to(self.transformer.dtype).repeat(branches, 1, 1)
                 progress_bar.update(side * side)
         return latents
+
+    def _draw_scale(
+        self,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        scale_index: int,
+        scales: tuple[int, ...],
+        top_k: int | None,
+        top_p: float | None,
+        smooth: bool,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of a scale and the latents with them; `options` are the scheduler's."""
+        drawn = self.scheduler.step(logits, scale_index, len(scales), top_k, top_p, smooth, generator, **options)
+        code_embeds = self.vae.embed(drawn.weights if smooth else drawn.codes)
+        return drawn.codes, self.vae.accumulate(latents, code_embeds, scale_index, scales)
 
     def sample_residual(
         self,
