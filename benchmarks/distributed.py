@@ -45,6 +45,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num_gpus", type=int, help="by default all")
     parser.add_argument("--parts", nargs="+", choices=("train", "generate"), default=["train", "generate"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of training")
     parser.add_argument("--runs", nargs="+", default=["512:16", "1024:4"], help="size:batch of each GPU")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8)
@@ -355,7 +356,7 @@ def main():
     if args.num_gpus < 2:
         sys.exit(f"Two GPUs or more are needed; there are {args.num_gpus}. --tiny runs on the CPU.")
     with tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS if "train" in args.parts else ():
+        for kind in args.kinds if "train" in args.parts else ():
             _, failure = launch(args, kind, __file__, [*sys.argv[1:], "--kind", kind, "--folder", folder])
             if failure is not None:
                 report["failures"][f"training {kind}"] = failure

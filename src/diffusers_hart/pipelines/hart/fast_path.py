@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -63,7 +64,7 @@ def state_of(model: nn.Module) -> tuple:
         if isinstance(module, BaseTunerLayer):
             scaling = [value for value in getattr(module, "scaling", {}).values() if isinstance(value, float | int)]
             state.append((*module.active_adapters, *scaling, *module.merged_adapters, module.disable_adapters))
-        elif hasattr(module, "processor"):
+        elif isinstance(module, AttentionModuleMixin):
             state.append((type(module.processor), getattr(module.processor, "_attention_backend", None)))
     return tuple(state)
 
