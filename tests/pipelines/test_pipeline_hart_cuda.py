@@ -198,6 +198,9 @@ def test_the_fast_path_gives_the_tokens_and_the_picture_of_the_original(tiny, mo
             image = pipe(**{**arguments, "prompt_embeds": prompt_embeds}).images
     assert torch.equal(torch.cat(scheduler.codes, dim=1).cpu(), tiny["e2e.tokens"])
     assert torch.allclose(image.cpu(), tiny["e2e.image"], atol=1e-3)
+    pipe.scheduler = HARTScheduler(schedules=(tiny.scales,))  # whose drawing is recorded too
+    for _ in range(2):
+        assert torch.allclose(pipe(**arguments).images.cpu(), tiny["e2e.image"], atol=1e-3)
 
 
 def test_recorded_graphs_follow_adapters_and_early_ends_of_guidance(tiny):
