@@ -15,8 +15,7 @@ from diffusers_hart.shapes import ShapesDataset
 from diffusers_hart.training.teacher_forcing import teacher_forcing_targets
 
 
-# The cosine schedule ends in next to no signal, where DPM-Solver's logarithms must be bounded.
-SCHEDULERS = {HARTResidualScheduler: {}, DDIMScheduler: {}, DPMSolverMultistepScheduler: {"lambda_min_clipped": -5.1}}
+SCHEDULERS = (HARTResidualScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
 
 
 def parse_args():
@@ -60,8 +59,8 @@ def main():
     noise = torch.randn(discrete.shape, generator=generator, device=args.device)
     config = pipe.residual_scheduler.config
     print(f"\n| steps | {' | '.join(map(str, args.steps))} |\n|---|{'---|' * len(args.steps)}")
-    for scheduler, options in SCHEDULERS.items():
-        pipe.residual_scheduler = scheduler.from_config(config, **options)
+    for scheduler in SCHEDULERS:
+        pipe.residual_scheduler = scheduler.from_config(config)
         row = []
         for steps in args.steps:
             generator.manual_seed(args.seed + 1)

@@ -59,6 +59,9 @@ class HARTResidualScheduler(OwnConfigMixin, DDPMScheduler):
         timestep_spacing (`str`, defaults to `"linspace"`): Evenly from last to first timestep, the only choice.
         clip_sample (`bool`, defaults to `True`): Whether predicted residuals are clipped.
         clip_sample_range (`float`, defaults to `1.0`): To which absolute value.
+        lambda_min_clipped (`float`, defaults to `-5.1`):
+            Not used here, but by a DPM-Solver that is made of this config: the schedule ends in next to no signal, where
+            its logarithms run away and spoil the picture.
     """
 
     _identifying_value = "num_train_timesteps"
@@ -72,6 +75,7 @@ class HARTResidualScheduler(OwnConfigMixin, DDPMScheduler):
         timestep_spacing: str = "linspace",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
+        lambda_min_clipped: float = -5.1,
     ):
         fixed = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon", "timestep_spacing": "linspace"}
         for name, expected in fixed.items():
