@@ -50,6 +50,7 @@ def parse_args():
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--equality_steps", type=int, default=10, help="of the comparison of losses")
+    parser.add_argument("--equality_size", type=int, default=512)
     parser.add_argument("--equality_batch", type=int, default=16, help="its pictures a step, of all GPUs together")
     parser.add_argument("--num_images", type=int, default=192, help="to draw, on one GPU and on all alike")
     parser.add_argument("--generation_size", type=int, default=512)
@@ -64,6 +65,7 @@ def parse_args():
     args = parser.parse_args()
     if args.tiny:
         args.runs, args.generation_size, args.no_compile = ["128:2", "64:2"], 128, True
+        args.equality_size = 128
         args.equality_batch, args.num_images, args.generation_batch = 4, 12, 2
     if args.num_gpus is None:
         args.num_gpus = 2 if args.tiny else torch.cuda.device_count()
@@ -181,8 +183,7 @@ def measure_steps(training, size, batch_size):
 
 
 def train_part(args):
-    first_size = int(args.runs[0].split(":")[0])
-    training = Training(args, first_size)
+    training = Training(args, args.equality_size)
     accelerator, result = training.accelerator, {"runs": []}
 
     def keep():

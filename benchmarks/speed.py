@@ -517,7 +517,9 @@ def plot_scaling(rows, path):
         axes[0].plot(batches, [row["images_per_second"] for row in of_size], marker="o", label=f"{size} px")
         axes[1].plot(batches, [row.get("peak_gib", 0) for row in of_size], marker="o", label=f"{size} px")
     for axis, label in zip(axes, ("images a second", "peak memory, GiB")):
-        axis.set(xlabel="batch", ylabel=label, xscale="log", ylim=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(xlabel="batch", ylabel=label, ylim=0)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
