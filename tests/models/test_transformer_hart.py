@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import clean_state_dict_for_safetensors
 from safetensors.torch import load_file
 
 from diffusers_hart import HARTKVCache, HARTTransformer2DModel
@@ -182,6 +183,10 @@ def test_fused_projections_take_no_memory_and_are_saved_as_three(tiny, tmp_path)
     original = tiny.pipe.transformer.transformer_blocks[0].attn
     for name in ("to_q", "to_k", "to_v"):
         assert torch.equal(getattr(saved, name).weight, 2 * getattr(original, name).weight)
+    # accelerate leaves out what shares memory
+    assert clean_state_dict_for_safetensors(transformer.state_dict()).keys() == transformer.state_dict().keys()
+    transformer.unfuse_qkv_projections()
+    assert clean_state_dict_for_safetensors(transformer.state_dict()).keys() == transformer.state_dict().keys()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny):

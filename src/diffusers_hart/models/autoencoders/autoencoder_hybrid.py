@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
     return tuple(int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1)))) for k in range(num_scales))
 
 
-@lru_cache
+@cache  # recorded graphs read it where it is
 @torch.inference_mode(False)
 @torch.no_grad()
 def bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
@@ -87,7 +87,7 @@ def bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tens
     return F.interpolate(columns, size=(target, 1), mode="bicubic")[0, :, :, 0].T.contiguous()
 
 
-@lru_cache
+@cache  # recorded graphs read it where it is
 @torch.inference_mode(False)
 @torch.no_grad()
 def area_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:

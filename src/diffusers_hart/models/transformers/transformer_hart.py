@@ -296,12 +296,18 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
         """Go back to three projections."""
         if self.fused_projections:
             self._saved_layout.remove()
+            for parameter in (*self.to_q.parameters(), *self.to_k.parameters(), *self.to_v.parameters()):
+                parameter.data = parameter.data.clone()
         super().unfuse_projections()
 
 
 def _without_fused_projections(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict):
     for name in ("weight", "bias"):
         state_dict.pop(f"{prefix}to_qkv.{name}", None)
+        for projection in ("to_q", "to_k", "to_v"):  # of storages of their own: some who save leave out shared ones
+            key = f"{prefix}{projection}.{name}"
+            if key in state_dict:
+                state_dict[key] = state_dict[key].clone()
 
 
 class HARTFeedForward(nn.Module):

@@ -21,13 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...models.residual_diffusion_mlp import ResidualDiffusionMLPOutput
 from ...models.transformers.transformer_hart import HARTKVCache, HARTTransformer2DModelOutput
-from ...schedulers.scheduling_hart import HARTScheduler
 
 
 logger = logging.get_logger(__name__)
-
-# Of how many ways to draw a run records graphs (each has its own), so that a slider does not fill the memory.
-MAX_RECORDED_WAYS = 4
 
 
 def run_block(block: nn.Module, *arguments) -> torch.Tensor:
@@ -137,7 +133,8 @@ class RecordedCall:
                 function(**self.inputs)
         torch.cuda.current_stream(stream.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(stream.device), capture:
             self.output = function(**self.inputs)
 
     def __call__(self, **inputs) -> Any:
@@ -157,21 +154,13 @@ class FastRun:
     values they work on.
     """
 
-    def __init__(
-        self,
-        path: "FastPath",
-        transformer: nn.Module,
-        residual_mlp: nn.Module | None,
-        scheduler: HARTScheduler,
-        label: str,
-    ):
+    def __init__(self, path: "FastPath", transformer: nn.Module, residual_mlp: nn.Module | None, label: str):
         self.path = path
         self.label = label
         self.models = (transformer, residual_mlp)
-        self.scheduler = scheduler
+        self.scheduler: Any = None  # whose drawing is recorded, if it is; known when the run is borrowed
         self.kv_cache = HARTKVCache()
         self._recorded: dict[Any, RecordedCall] = {}
-        self._ways: set[tuple] = set()
         self._cache_states: dict[int, dict[str, Any]] = {}
 
     def transformer(
@@ -257,18 +246,16 @@ class FastRun:
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         way = (top_k, top_p, smooth)
-        # Schedulers of other classes may do what a record would leave out.
-        recordable = self.path.graphs and type(self.scheduler) is HARTScheduler
-        if not recordable or len(self._ways | {way}) > MAX_RECORDED_WAYS:
+        # One way, that of calls that name none: each takes memory, and there are as many as a slider has values.
+        if self.scheduler is None or way != (None, None, True):
             return function(logits, latents, scale_index, scales, *way, generator)
-        self._ways.add(way)
         noise = self.scheduler.draw_noise(logits.shape, logits.device, scale_index, top_k, smooth, generator)
 
         def draw(logits, latents, **noise):
             return function(logits, latents, scale_index, scales, *way, noise=noise)
 
-        inputs = {"logits": logits, "latents": latents, **noise}
-        codes, latents = self._call((scale_index, way), draw, inputs, in_place=("logits",))
+        inputs = {"logits": logits, "latents": latents.float(), **noise}
+        codes, latents = self._call(f"drawing {scale_index}", draw, inputs, in_place=("logits",))
         return codes.clone(), latents.clone()  # callers keep them
 
     def residual_mlp(
@@ -283,7 +270,7 @@ class FastRun:
         return ResidualDiffusionMLPOutput(sample=sample)
 
     def _record(self, name: Any, function: Callable, inputs: dict[str, Any], in_place: Collection[str] = ()):
-        self._recorded[name] = RecordedCall(function, inputs, self.path.stream, self.path.pool, in_place)
+        self._recorded[name] = self.path.record(function, inputs, in_place)
 
     def _call(self, name: Any, function: Callable, inputs: dict[str, Any], in_place: Collection[str] = ()) -> Any:
         if not self.path.graphs:
@@ -321,15 +308,16 @@ class FastPath:
         self.compile_options = compile_options or {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
         self.stream = torch.cuda.Stream(device) if graphs else None
+        self.scheduler_config: str | None = None  # of the scheduler whose drawing is recorded
         self.accepts_new = True  # until the pipeline has been prepared
         self.fitted: set[int] = set()  # numbers of rows, see FastRun._fit_to_last_scale
         self._lock = threading.Lock()
         self._compiled: dict[str, Callable] = {}
         self._runs: dict[tuple, FastRun] = {}
         self._model_state: tuple | None = None
-        self._decoder: tuple[tuple, nn.Module, nn.Module] | None = None
+        self._done = torch.cuda.Event() if graphs else None  # what the last one to hold the lock has launched
+        self._decoder: tuple[tuple, nn.Module, nn.Module, dict[tuple, RecordedCall]] | None = None
         self._decoded_sizes: set[tuple] = set()
-        self._recorded_decoders: dict[tuple, RecordedCall] = {}
         self._told: set[tuple] = set()
 
     def compiled(self, function: Callable, label: str, always_static: bool = False) -> Callable:
@@ -378,29 +366,55 @@ class FastPath:
                     "sizes and numbers in `enable_fast_path`."
                 )
             return None
-        if not self._lock.acquire(blocking=False):
+        if not self._acquire():
             return None
         try:
             read = (*models, pipe.vae.codebook, pipe.vae.phi)
             state = tuple(None if model is None else state_of(model) for model in read)
-            state += (type(pipe.scheduler), str(pipe.scheduler.config))
             if state != self._model_state:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
                 self._runs = dict.fromkeys(self._runs)
-                if self.graphs:  # the memory of graphs is gone with the last of them
+                self.fitted.clear()
+                if self.graphs and not (self._decoder and self._decoder[-1]):  # it is gone with the last of its graphs
                     self.pool = torch.cuda.graph_pool_handle()
                 self._model_state = state
             if self._runs.get(key) is None:
                 label = f"{batch_size}_{len(tensor)}_{scales[-1]}"
-                self._runs[key] = FastRun(self, *models, pipe.scheduler, label)
+                self._runs[key] = FastRun(self, *models, label)
+            self._runs[key].scheduler = self._recordable(pipe.scheduler)
             return self._runs[key]
         except BaseException:
             self._lock.release()
             raise
 
     def give_back(self):
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self.device))
         self._lock.release()
+
+    def _acquire(self) -> bool:
+        """Whether what is recorded is free, and ready for what the current stream is given next."""
+        acquired = self._lock.acquire(blocking=False)
+        if acquired and self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)
+        return acquired
+
+    def _recordable(self, scheduler: Any) -> Any:
+        """The scheduler if a record of its drawing is, or would be, what it does; else `None`."""
+        # Other classes, and steps of an object's own, may do what a record leaves out. Classes go by their names: a
+        # pipeline that is loaded as remote code has classes of its own.
+        if not self.graphs or type(scheduler).__name__ != "HARTScheduler" or "step" in vars(scheduler):
+            return None
+        config = str(scheduler.config)
+        if self.accepts_new:
+            self.scheduler_config = config
+        return scheduler if config == self.scheduler_config else None
+
+    def record(self, function: Callable, inputs: dict[str, Any], in_place: Collection[str] = ()) -> RecordedCall:
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return RecordedCall(function, inputs, self.stream, self.pool, in_place)
 
     def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor | None:
         """
@@ -414,30 +428,33 @@ class FastPath:
             return None
         weights = (parameter for module in self._decoder_of(vae) for parameter in module.parameters())
         state = tuple((parameter.data_ptr(), parameter._version) for parameter in weights)
-        if self._decoder is None or self._decoder[0] != state:
+        decoder = self._decoder
+        if decoder is None or decoder[0] != state:
             # A copy: the eager decoder is faster in the usual layout, the compiled one in this.
             modules = (copy.deepcopy(module).to(memory_format=torch.channels_last) for module in self._decoder_of(vae))
-            self._decoder = (state, *modules)
-            self._recorded_decoders.clear()
+            self._decoder = decoder = (state, *modules, {})
         self._decoded_sizes.add(size)
         decode = self.compiled(run_decoder, f"{size[-2]}_{str(latents.dtype).rpartition('.')[2]}", always_static=True)
+        _, *modules, recorded = decoder
         with measured_convolutions():
             images = [
-                self._decode_one(size, partial(decode, *self._decoder[1:]), latent) for latent in latents.split(1)
+                self._decode_one(partial(decode, *modules), recorded, size, latent) for latent in latents.split(1)
             ]
         return torch.cat(images).contiguous()
 
-    def _decode_one(self, size: tuple, decode: Callable, latents: torch.Tensor) -> torch.Tensor:
+    def _decode_one(
+        self, decode: Callable, recorded: dict[tuple, RecordedCall], size: tuple, latents: torch.Tensor
+    ) -> torch.Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last)
-        if not self.graphs or torch.is_grad_enabled() or not self._lock.acquire(blocking=False):
+        as_recorded = self.graphs and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
+        if not as_recorded or not self._acquire():
             return decode(latents)
         try:
-            if size not in self._recorded_decoders:
-                recorded = RecordedCall(lambda latents: decode(latents), {"latents": latents}, self.stream, self.pool)
-                self._recorded_decoders[size] = recorded
-            return self._recorded_decoders[size](latents=latents).clone()
+            if size not in recorded:
+                recorded[size] = self.record(lambda latents: decode(latents), {"latents": latents})
+            return recorded[size](latents=latents).clone()
         finally:
-            self._lock.release()
+            self.give_back()
 
     @staticmethod
     def _decoder_of(vae: nn.Module) -> tuple[nn.Module, nn.Module]:

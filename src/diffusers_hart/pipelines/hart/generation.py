@@ -236,7 +236,10 @@ class HARTGenerationMixin:
         if cuda_graphs and not graphs:
             logger.warning(f"No CUDA graphs on {device.type}: the fast path only compiles there.")
         self._fast_path = FastPath(device, graphs, static_shapes, compile_models, compile_options)
-        kinds = [(size, batch_size) for size in sizes for batch_size in batch_sizes]
+        # The largest first: kernels for all sizes are chosen for it.
+        kinds = [
+            (size, number) for size in sorted(sizes, reverse=True) for number in sorted(batch_sizes, reverse=True)
+        ]
         try:
             with self.progress_bar(total=len(kinds)) as progress_bar:
                 for (height, _, guidance_scale, num_inference_steps), batch_size in kinds:
@@ -250,6 +253,9 @@ class HARTGenerationMixin:
         except Exception as error:
             self.disable_fast_path()
             logger.warning(f"The fast path is not available here, and calls go the plain way: {error!r}")
+        except BaseException:
+            self.disable_fast_path()
+            raise
         else:
             self._fast_path.accepts_new = False
 
