@@ -81,7 +81,7 @@ def test_generate_writes_a_picture_and_how_it_was_drawn(capsys, tmp_path):
         "negative_prompt": None,
         "height": 128,
         "width": 128,
-        "guidance_scale": 2.0,
+        "guidance_scale": 1.0,
         "num_inference_steps": 8,
         "top_k": None,
         "top_p": None,
