@@ -308,3 +308,16 @@ def test_compiled_blocks_give_the_same_losses(train):
         for name, flag in (("plain", ""), ("compiled", "--compile"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.quantization
+def test_an_optimizer_of_eight_bits_learns_alike_and_resumes(train, tmp_path):
+    options = "--rank 64 --learning_rate 1e-3 --max_train_steps 6 --checkpointing_steps 3"
+    plain = metrics(train("plain", options))
+    eight = metrics(train("eight", f"{options} --use_8bit_adam"))
+    sizes = [(tmp_path / name / "checkpoint-3" / "optimizer.bin").stat().st_size for name in ("eight", "plain")]
+    assert sizes[0] < 0.5 * sizes[1]
+    assert eight != plain and all(eight[step] == pytest.approx(plain[step], rel=0.01) for step in plain)
+
+    resumed = metrics(train("eight", f"{options} --use_8bit_adam --resume_from_checkpoint checkpoint-3"))
+    assert all(resumed[step] == pytest.approx(eight[step], abs=1e-6) for step in (4, 5, 6))
