@@ -101,18 +101,6 @@ def test_it_is_the_compiled_code_that_draws(tiny, monkeypatch):
     assert not seen
 
 
-def test_blocks_are_compiled_once_and_for_the_last_scale(tiny):
-    pipe, compiled = pipeline(tiny), []
-
-    def backend(graph, example_inputs):
-        compiled.append({tuple(value.shape) for value in example_inputs if isinstance(value, torch.Tensor)})
-        return graph
-
-    pipe.enable_fast_path(compile_options={"backend": backend})
-    assert len(compiled) == 3  # a block, the residual MLP, the decoder
-    assert (2, tiny.scales[-1] ** 2, pipe.transformer.inner_dim) in compiled[0]
-
-
 def test_what_is_not_prepared_is_drawn_the_plain_way_with_one_warning(tiny, caplog):
     pipe = pipeline(tiny)
     expected = draw(pipe, ["a red circle", "a star"])

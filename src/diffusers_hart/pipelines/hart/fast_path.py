@@ -179,8 +179,6 @@ class FastRun:
             inputs |= condition
         inputs = {name: value for name, value in inputs.items() if value is not None}
         block = self.path.compiled(run_block, f"{self.label}_{scale_index}")
-        if scale_index == 0:
-            self._fit_to_last_scale(block, next(iter(condition.values())), scales)
         # As it is now, for each time this is run; but the buffers that the first scale allocates stay.
         before = {name: value for name, value in vars(kv_cache).items() if value is not None}
 
@@ -208,30 +206,6 @@ class FastRun:
         if self.path.graphs:  # what the model noted in the cache when it was recorded, now or before
             vars(kv_cache).update(self._cache_states.setdefault(scale_index, dict(vars(kv_cache))))
         return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
-
-    def _fit_to_last_scale(self, block: Callable, condition: torch.Tensor, scales: tuple[int, ...]):
-        """
-        Run the first block on a last scale of zeros before anything else. A compiler that makes one code for all scales
-        chooses it by the first it sees, and it is the last one that takes the time.
-        """
-        model, rows = self.models[0], len(condition)
-        kind = min(rows, 2)  # a batch of one is compiled by itself
-        if not self.path.compiles or self.path.static_shapes or kind in self.path.fitted or len(scales) == 1:
-            return
-        self.path.fitted.add(kind)
-        first_tokens = 1 if model.config.num_classes is not None else condition.shape[1]
-        zeros = partial(torch.zeros, dtype=model.dtype, device=condition.device)
-        heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
-        last_tokens = scales[-1] ** 2
-        hidden_states = zeros(rows, last_tokens, model.inner_dim)
-        temb, offset = zeros(rows, model.inner_dim), zeros(rows)
-        kv_cache = HARTKVCache()
-        capacity = first_tokens + sum(side * side for side in scales[1:-1])
-        kv_cache.open(1, capacity, last_tokens, heads, hidden_states, temb, offset)
-        kv_cache.close_scale(capacity, hidden_states)
-        rotary_emb = tuple(zeros(rows, last_tokens, 1, head_dim) for _ in range(2))
-        (layer,) = kv_cache.layers(last_tokens)
-        block(model.transformer_blocks[0], hidden_states, rotary_emb, temb, None, layer)
 
     def draw(
         self,
@@ -310,7 +284,6 @@ class FastPath:
         self.stream = torch.cuda.Stream(device) if graphs else None
         self.scheduler_config: str | None = None  # of the scheduler whose drawing is recorded
         self.accepts_new = True  # until the pipeline has been prepared
-        self.fitted: set[int] = set()  # numbers of rows, see FastRun._fit_to_last_scale
         self._lock = threading.Lock()
         self._compiled: dict[str, Callable] = {}
         self._runs: dict[tuple, FastRun] = {}
@@ -375,7 +348,6 @@ class FastPath:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
                 self._runs = dict.fromkeys(self._runs)
-                self.fitted.clear()
                 if self.graphs and not (self._decoder and self._decoder[-1]):  # it is gone with the last of its graphs
                     self.pool = torch.cuda.graph_pool_handle()
                 self._model_state = state
