@@ -213,17 +213,13 @@ class FastRun:
         logits: torch.Tensor,
         latents: torch.Tensor,
         scale_index: int,
-        scales: tuple[int, ...],
-        top_k: int | None,
-        top_p: float | None,
-        smooth: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
+        *arguments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        way = (top_k, top_p, smooth)
+        scales, *way, generator = arguments
         # One way, that of calls that name none: each takes memory, and there are as many as a slider has values.
-        if self.scheduler is None or way != (None, None, True):
-            return function(logits, latents, scale_index, scales, *way, generator)
-        noise = self.scheduler.draw_noise(logits.shape, logits.device, scale_index, top_k, smooth, generator)
+        if self.scheduler is None or way != [None, None, True]:
+            return function(logits, latents, scale_index, *arguments)
+        noise = self.scheduler.draw_noise(logits.shape, logits.device, scale_index, generator=generator)
 
         def draw(logits, latents, **noise):
             return function(logits, latents, scale_index, scales, *way, noise=noise)
