@@ -319,5 +319,6 @@ def test_an_optimizer_of_eight_bits_learns_alike_and_resumes(train, tmp_path):
     assert sizes[0] < 0.5 * sizes[1]
     assert eight != plain and all(eight[step] == pytest.approx(plain[step], rel=0.01) for step in plain)
 
-    resumed = metrics(train("eight", f"{options} --use_8bit_adam --resume_from_checkpoint checkpoint-3"))
-    assert all(resumed[step] == pytest.approx(eight[step], abs=1e-6) for step in (4, 5, 6))
+    shutil.copytree(tmp_path / "eight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = metrics(train("resumed", f"{options} --use_8bit_adam --resume_from_checkpoint latest"))
+    assert resumed == {step: eight[step] for step in (4, 5, 6)}
