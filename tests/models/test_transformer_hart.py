@@ -76,7 +76,7 @@ def test_generation_with_a_cache_equals_teacher_forcing(model, assert_close):
     kept = model["in.prompt_embeds"].shape[1] + sum(side * side for side in model.scales[1:-1])
     num_layers = len(model.pipe.transformer.transformer_blocks)
     for buffer in (kv_cache.key, kv_cache.value):  # room for one last scale, not for one a block
-        assert buffer.shape[1] == 1 + num_layers * kept + model.scales[-1] ** 2
+        assert buffer.shape[1] == kv_cache.first_start + num_layers * kept + model.scales[-1] ** 2
 
 
 @torch.no_grad()

@@ -65,16 +65,13 @@ def no_compiled_code_of_other_tests():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("static_shapes", [False, True])
-def test_codes_and_picture_equal_the_original_and_nothing_is_compiled_anew(tiny, assert_close, static_shapes):
+def test_codes_and_picture_equal_the_original_and_nothing_is_compiled_anew(tiny, assert_close):
     scheduler = RecordingScheduler(schedules=(tiny.scales,))
     pipe = pipeline(tiny, scheduler=scheduler)
     arguments = golden_arguments(tiny)
     batch_size, tokens = arguments["prompt_embeds"].shape[:2]
     scheduler.codes = []
-    pipe.enable_fast_path(
-        batch_sizes=batch_size, max_sequence_length=tokens, static_shapes=static_shapes, compile_options=EAGER
-    )
+    pipe.enable_fast_path(batch_sizes=batch_size, max_sequence_length=tokens, compile_options=EAGER)
     for _ in range(2):
         scheduler.codes.clear()
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -99,6 +96,18 @@ def test_it_is_the_compiled_code_that_draws(tiny, monkeypatch):
     seen.clear()
     draw(pipe)
     assert not seen
+
+
+def test_blocks_are_compiled_once_and_for_the_last_scale(tiny):
+    pipe, compiled = pipeline(tiny), []
+
+    def backend(graph, example_inputs):
+        compiled.append({tuple(value.shape) for value in example_inputs if isinstance(value, torch.Tensor)})
+        return graph
+
+    pipe.enable_fast_path(compile_options={"backend": backend})
+    assert len(compiled) == 3  # a block, the residual MLP, the decoder
+    assert (2, tiny.scales[-1] ** 2, pipe.transformer.inner_dim) in compiled[0]
 
 
 def test_what_is_not_prepared_is_drawn_the_plain_way_with_one_warning(tiny, caplog):

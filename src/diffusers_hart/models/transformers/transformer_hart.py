@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..strict_loading import StrictLoadingMixin
+from .joined_projections import JoinedProjectionsMixin
 
 
 @dataclass
@@ -41,19 +42,24 @@ class HARTTransformer2DModelOutput(BaseOutput):
 
 class HARTKVLayer(NamedTuple):
     """
-    Keys and values of one block, views of a [`HARTKVCache`] of shape `(batch_size, tokens, heads, head_dim)`. The last
-    tokens are those of the scale being predicted: the block writes them before it attends to all.
+    Where one block's keys and values lie in a [`HARTKVCache`]: its buffers and the first and last token (exclusive). The
+    last tokens are those of the scale being predicted: the block writes them before it attends to all.
+
+    The slices are made by the block, since compilers know of their own slices how they are aligned. Of views that they
+    are given they do not, and load and store element by element.
     """
 
     key: torch.Tensor
     value: torch.Tensor
+    start: int
+    end: int
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the scale's keys and values; returns those of all tokens."""
-        start = self.key.shape[1] - key.shape[1]
-        self.key[:, start:] = key
-        self.value[:, start:] = value
-        return self.key, self.value
+        """Write the scale's keys and values; returns those of all tokens, `(batch_size, tokens, heads, head_dim)`."""
+        scale_start = self.end - key.shape[1]
+        self.key[:, scale_start : self.end] = key
+        self.value[:, scale_start : self.end] = value
+        return self.key[:, self.start : self.end], self.value[:, self.start : self.end]
 
 
 class HARTKVCache:
@@ -64,9 +70,11 @@ class HARTKVCache:
 
     The last scale's keys and values are not kept, and take next to no memory: each block's lie where those of the block
     before it were, which nothing reads any more. So blocks are stored in descending order, the first one at the end:
-    `key` and `value` have the shape `(batch_size, 1 + num_layers * capacity + last_tokens, heads, head_dim)`. The one
-    token before them all is there for compilers, to which a block at offset 0 would be a case of its own.
+    `key` and `value` have the shape `(batch_size, 2 + num_layers * capacity + last_tokens, heads, head_dim)`. The two
+    tokens before them all are there for compilers, to which a block that starts at 0 or 1 would be a case of its own.
     """
+
+    first_start = 2
 
     def __init__(self):
         self.key: torch.Tensor | None = None
@@ -90,7 +98,8 @@ class HARTKVCache:
         offset: torch.Tensor,
     ):
         """Start a picture: room for `capacity` tokens a block, for a batch and in the dtype of tokens `like`."""
-        shape = (len(like), 1 + num_layers * capacity + last_tokens, heads, like.shape[-1] // heads)
+        tokens = self.first_start + num_layers * capacity + last_tokens
+        shape = (len(like), tokens, heads, like.shape[-1] // heads)
         dtype = autocast_dtype(like)
         if self.key is None or self.key.shape != shape or self.key.dtype != dtype or self.key.device != like.device:
             self.key, self.value = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(2))
@@ -100,11 +109,8 @@ class HARTKVCache:
 
     def layers(self, new_tokens: int) -> list[HARTKVLayer]:
         """What each block gets at a scale of `new_tokens` tokens."""
-        starts = [1 + (self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
-        total = self.length + new_tokens
-        return [
-            HARTKVLayer(self.key[:, start : start + total], self.value[:, start : start + total]) for start in starts
-        ]
+        starts = [self.first_start + (self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
+        return [HARTKVLayer(self.key, self.value, start, start + self.length + new_tokens) for start in starts]
 
     def close_scale(self, new_tokens: int, hidden_states: torch.Tensor):
         """Count a scale that all blocks have written; `hidden_states` is what the last one made of it."""
@@ -243,9 +249,10 @@ class HARTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
-class HARTAttention(nn.Module, AttentionModuleMixin):
+class HARTAttention(nn.Module, JoinedProjectionsMixin, AttentionModuleMixin):
     """Self-attention with biases on query and value but not on key and, optionally, sharpened cosine similarity."""
 
+    _joined_projection, _single_projections = "to_qkv", ("to_q", "to_k", "to_v")
     _default_processor_cls = HARTAttnProcessor
     _available_processors = [HARTAttnProcessor]
 
@@ -266,51 +273,10 @@ class HARTAttention(nn.Module, AttentionModuleMixin):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.processor(self, hidden_states, **kwargs)
 
-    @torch.no_grad()
-    def fuse_projections(self):
-        """
-        Join the three projections into `to_qkv`. Unlike the inherited method it knows that keys have no bias, and what
-        is saved of a fused model stays the three. Raises `ValueError` if adapters are on them, which would be lost.
-        """
-        if self.fused_projections:
-            return
-        if any(hasattr(projection, "base_layer") for projection in (self.to_q, self.to_k, self.to_v)):
-            raise ValueError(
-                "Projections with LoRA adapters cannot be joined: call `unload_lora_weights()` on the pipeline first, or "
-                "`fuse_lora()` and then `unload_lora_weights()` to keep what the adapters do."
-            )
-        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        bias = torch.cat([self.to_q.bias, torch.zeros_like(self.to_q.bias), self.to_v.bias])
-        self.to_qkv = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        self.to_qkv.weight.copy_(weight)
-        self.to_qkv.bias.copy_(bias)
-        # The three, of which the model is saved, become views: nothing is kept twice.
-        for i, projection in enumerate((self.to_q, self.to_k, self.to_v)):
-            projection.weight.data = self.to_qkv.weight.data.chunk(3)[i]
-            if projection.bias is not None:
-                projection.bias.data = self.to_qkv.bias.data.chunk(3)[i]
-        self.fused_projections = True
-        self._saved_layout = self.register_state_dict_post_hook(_without_fused_projections)
 
-    def unfuse_projections(self):
-        """Go back to three projections."""
-        if self.fused_projections:
-            self._saved_layout.remove()
-            for parameter in (*self.to_q.parameters(), *self.to_k.parameters(), *self.to_v.parameters()):
-                parameter.data = parameter.data.clone()
-        super().unfuse_projections()
+class HARTFeedForward(nn.Module, JoinedProjectionsMixin):
+    _joined_projection, _single_projections = "gate_up_proj", ("gate_proj", "up_proj")
 
-
-def _without_fused_projections(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict):
-    for name in ("weight", "bias"):
-        state_dict.pop(f"{prefix}to_qkv.{name}", None)
-        for projection in ("to_q", "to_k", "to_v"):  # of storages of their own: some who save leave out shared ones
-            key = f"{prefix}{projection}.{name}"
-            if key in state_dict:
-                state_dict[key] = state_dict[key].clone()
-
-
-class HARTFeedForward(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
         hidden_dim = (int(dim * mlp_ratio * 2 / 3) + 255) // 256 * 256
@@ -319,7 +285,11 @@ class HARTFeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        if self.fused_projections:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class HARTTransformerBlock(nn.Module):
@@ -488,6 +458,23 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         self.residual_norm = HARTRMSNorm(self.inner_dim, eps=norm_eps)
 
         self.gradient_checkpointing = False
+
+    def fuse_qkv_projections(self):
+        """
+        Join the projections of a block that read the same: query, key and value, and gate and up of the MLP. Raises
+        `ValueError` if there are adapters on them.
+        """
+        modules = [module for module in self.modules() if isinstance(module, JoinedProjectionsMixin)]
+        for module in modules:
+            module.check_projections()
+        for module in modules:
+            module.fuse_projections()
+
+    def unfuse_qkv_projections(self):
+        """Go back to several projections."""
+        for module in self.modules():
+            if isinstance(module, JoinedProjectionsMixin):
+                module.unfuse_projections()
 
     @apply_lora_scale("attention_kwargs")
     def forward(

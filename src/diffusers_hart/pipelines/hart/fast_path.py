@@ -178,7 +178,9 @@ class FastRun:
         if scale_index == 0:  # later scales know it from the cache
             inputs |= condition
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        block = self.path.compiled(run_block, f"{self.label}_{scale_index}")
+        block = self.path.compiled(run_block)
+        if scale_index == 0:
+            self._fit_to_last_scale(block, next(iter(condition.values())), scales)
         # As it is now, for each time this is run; but the buffers that the first scale allocates stay.
         before = {name: value for name, value in vars(kv_cache).items() if value is not None}
 
@@ -207,6 +209,30 @@ class FastRun:
             vars(kv_cache).update(self._cache_states.setdefault(scale_index, dict(vars(kv_cache))))
         return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
 
+    def _fit_to_last_scale(self, block: Callable, condition: torch.Tensor, scales: tuple[int, ...]):
+        """
+        Run the first block on a last scale of zeros before anything else. A compiler that makes one code for all scales
+        chooses it by the first it sees, and it is the last one that takes the time.
+        """
+        model, rows = self.models[0], len(condition)
+        kind = min(rows, 2)  # a batch of one is compiled by itself
+        if not self.path.compiles or kind in self.path.fitted or len(scales) == 1:
+            return
+        self.path.fitted.add(kind)
+        first_tokens = 1 if model.config.num_classes is not None else condition.shape[1]
+        zeros = partial(torch.zeros, dtype=model.dtype, device=condition.device)
+        heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+        last_tokens = scales[-1] ** 2
+        hidden_states = zeros(rows, last_tokens, model.inner_dim)
+        temb, offset = zeros(rows, model.inner_dim), zeros(rows)
+        kv_cache = HARTKVCache()
+        capacity = first_tokens + sum(side * side for side in scales[1:-1])
+        kv_cache.open(1, capacity, last_tokens, heads, hidden_states, temb, offset)
+        kv_cache.close_scale(capacity, hidden_states)
+        rotary_emb = tuple(zeros(rows, last_tokens, 1, head_dim) for _ in range(2))
+        (layer,) = kv_cache.layers(last_tokens)
+        block(model.transformer_blocks[0], hidden_states, rotary_emb, temb, None, layer)
+
     def draw(
         self,
         function: Callable,
@@ -231,7 +257,7 @@ class FastRun:
     def residual_mlp(
         self, tokens: torch.Tensor, timestep: torch.Tensor | float, condition_embeds: torch.Tensor
     ) -> ResidualDiffusionMLPOutput:
-        call = self.path.compiled(run_residual_mlp, self.label, always_static=True)
+        call = self.path.compiled(run_residual_mlp, self.label)
         timestep = float(timestep)
         inputs = {"tokens": tokens, "timestep": timestep, "condition_embeds": condition_embeds}
         if not self.path.graphs:
@@ -258,7 +284,6 @@ class FastPath:
     Args:
         device (`torch.device`): Where the pipeline is.
         graphs (`bool`): Whether to record CUDA graphs.
-        static_shapes (`bool`): Whether to compile blocks for each scale rather than once for all.
         compiles (`bool`): Whether to compile at all.
         compile_options (`dict`, *optional*): Of `torch.compile`, such as `backend` or `mode`.
     """
@@ -267,19 +292,18 @@ class FastPath:
         self,
         device: torch.device,
         graphs: bool,
-        static_shapes: bool,
         compiles: bool,
         compile_options: dict[str, Any] | None,
     ):
         self.device = device
         self.graphs = graphs
-        self.static_shapes = static_shapes
         self.compiles = compiles
         self.compile_options = compile_options or {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
         self.stream = torch.cuda.Stream(device) if graphs else None
         self.scheduler_config: str | None = None  # of the scheduler whose drawing is recorded
         self.accepts_new = True  # until the pipeline has been prepared
+        self.fitted: set[int] = set()  # numbers of rows, see FastRun._fit_to_last_scale
         self._lock = threading.Lock()
         self._compiled: dict[str, Callable] = {}
         self._runs: dict[tuple, FastRun] = {}
@@ -289,14 +313,13 @@ class FastPath:
         self._decoded_sizes: set[tuple] = set()
         self._told: set[tuple] = set()
 
-    def compiled(self, function: Callable, label: str, always_static: bool = False) -> Callable:
-        """`function` compiled, for the shapes of `label` or for all."""
-        static = self.static_shapes or always_static
-        name = f"{function.__name__}_{label}" if static else function.__name__
+    def compiled(self, function: Callable, label: str | None = None) -> Callable:
+        """`function` compiled, for the shapes that `label` stands for or, without one, for all."""
+        name = f"{function.__name__}_{label or 'any'}"
         if name not in self._compiled:
-            function = counted_alone(function, label if static else "any")
+            function = counted_alone(function, label or "any")
             if self.compiles:
-                function = torch.compile(function, fullgraph=True, dynamic=not static, **self.compile_options)
+                function = torch.compile(function, fullgraph=True, dynamic=label is None, **self.compile_options)
             self._compiled[name] = function
         return self._compiled[name]
 
@@ -344,6 +367,7 @@ class FastPath:
                 if self._runs:
                     logger.info("The models have changed: their calls are recorded anew.")
                 self._runs = dict.fromkeys(self._runs)
+                self.fitted.clear()
                 if self.graphs and not (self._decoder and self._decoder[-1]):  # it is gone with the last of its graphs
                     self.pool = torch.cuda.graph_pool_handle()
                 self._model_state = state
@@ -402,7 +426,7 @@ class FastPath:
             modules = (copy.deepcopy(module).to(memory_format=torch.channels_last) for module in self._decoder_of(vae))
             self._decoder = decoder = (state, *modules, {})
         self._decoded_sizes.add(size)
-        decode = self.compiled(run_decoder, f"{size[-2]}_{str(latents.dtype).rpartition('.')[2]}", always_static=True)
+        decode = self.compiled(run_decoder, f"{size[-2]}_{str(latents.dtype).rpartition('.')[2]}")
         _, *modules, recorded = decoder
         with measured_convolutions():
             images = [

@@ -189,7 +189,6 @@ class HARTGenerationMixin:
         max_sequence_length: int | None = None,
         cuda_graphs: bool = True,
         compile_models: bool = True,
-        static_shapes: bool = False,
         compile_options: dict[str, Any] | None = None,
     ) -> None:
         r"""
@@ -209,8 +208,6 @@ class HARTGenerationMixin:
             max_sequence_length (`int`, *optional*): Length prompts are padded to, as in calls.
             cuda_graphs (`bool`, defaults to `True`): Whether to record CUDA graphs.
             compile_models (`bool`, defaults to `True`): Whether to compile blocks, residual MLP and decoder.
-            static_shapes (`bool`, defaults to `False`):
-                Whether the blocks are compiled for each scale, which takes longer, rather than once for all.
             compile_options (`dict`, *optional*):
                 Of `torch.compile`, such as `{"mode": "max-autotune-no-cudagraphs"}`.
 
@@ -235,8 +232,11 @@ class HARTGenerationMixin:
         graphs = cuda_graphs and device.type == "cuda"
         if cuda_graphs and not graphs:
             logger.warning(f"No CUDA graphs on {device.type}: the fast path only compiles there.")
-        self._fast_path = FastPath(device, graphs, static_shapes, compile_models, compile_options)
-        kinds = [(size, batch_size) for size in sizes for batch_size in batch_sizes]
+        self._fast_path = FastPath(device, graphs, compile_models, compile_options)
+        # The largest first: kernels for all sizes are chosen for it.
+        kinds = [
+            (size, number) for size in sorted(sizes, reverse=True) for number in sorted(batch_sizes, reverse=True)
+        ]
         try:
             with self.progress_bar(total=len(kinds)) as progress_bar:
                 for (height, _, guidance_scale, num_inference_steps), batch_size in kinds:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from diffusers_hart.models.transformers.joined_projections import JoinedProjectionsMixin
+
+
+@pytest.fixture
+def transformer(tiny):
+    return copy.deepcopy(tiny.pipe.transformer)
+
+
+def predict(model, tiny):
+    condition = {
+        "encoder_hidden_states": tiny["in.prompt_embeds"],
+        "encoder_attention_mask": tiny["in.prompt_attention_mask"],
+    }
+    with torch.no_grad():
+        return model(None, tiny.scales, **condition, scale_index=0).logits
+
+
+def joined(model):
+    return [module for module in model.modules() if isinstance(module, JoinedProjectionsMixin)]
+
+
+def test_joined_projections_give_the_same_and_are_kept_once(transformer, tiny):
+    expected, state = predict(transformer, tiny), copy.deepcopy(transformer.state_dict())
+    transformer.fuse_qkv_projections()
+    names = {name.rpartition(".")[2] for name, _ in transformer.named_modules()}
+    assert {"to_qkv", "gate_up_proj"} <= names
+    torch.testing.assert_close(predict(transformer, tiny), expected)
+    for module in joined(transformer):
+        weight = getattr(module, module._joined_projection).weight
+        storages = {getattr(module, name).weight.untyped_storage().data_ptr() for name in module._single_projections}
+        assert storages == {weight.untyped_storage().data_ptr()}
+
+    saved = transformer.state_dict()
+    assert list(saved) == list(state)
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+
+
+def test_taken_apart_they_are_as_before(transformer, tiny):
+    expected, names = predict(transformer, tiny), [name for name, _ in transformer.named_parameters()]
+    for _ in range(2):
+        transformer.fuse_qkv_projections()
+        transformer.fuse_qkv_projections()  # once more changes nothing
+        transformer.unfuse_qkv_projections()
+    assert [name for name, _ in transformer.named_parameters()] == names
+    assert torch.equal(predict(transformer, tiny), expected)
+    attn = transformer.transformer_blocks[0].attn
+    assert attn.to_q.weight.untyped_storage().data_ptr() != attn.to_k.weight.untyped_storage().data_ptr()
+
+
+def test_nothing_is_joined_if_there_is_an_adapter_on_one(transformer):
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["transformer_blocks.1.ff.up_proj"]))
+    with pytest.raises(ValueError, match="Projections with LoRA adapters cannot be joined"):
+        transformer.fuse_qkv_projections()
+    assert not any(module.fused_projections for module in joined(transformer))
