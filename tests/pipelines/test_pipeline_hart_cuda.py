@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_hart import HARTPipeline, HARTScheduler, HybridTokenizer
-from diffusers_hart.models.autoencoders.group_norm import HybridTokenizerGroupNorm
+from diffusers_hart.models.autoencoders.large_picture_layers import HybridTokenizerGroupNorm
 
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..strict_loading import StrictLoadingMixin
-from .group_norm import replace_group_norms
+from .large_picture_layers import use_large_picture_layers
 
 
 @dataclass
@@ -185,7 +185,7 @@ class HybridTokenizer(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             layers_per_block=layers_per_block,
             norm_num_groups=norm_num_groups,
         )
-        replace_group_norms(self)
+        use_large_picture_layers(self.encoder, self.decoder)
 
         self.use_slicing = False
         self.use_tiling = False

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusers_hart import HybridTokenizer
-from diffusers_hart.models.autoencoders.group_norm import HybridTokenizerGroupNorm, group_norm_by_channels
+from diffusers_hart.models.autoencoders.large_picture_layers import HybridTokenizerGroupNorm, group_norm_by_channels
 
 
 def random(*shape: int) -> torch.Tensor:
