@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import pickle
 
 import pytest
 import torch
 from peft import LoraConfig
 
-from diffusers_hart.models.transformers.joined_projections import JoinedProjectionsMixin
+from diffusers_hart.models.transformers.joined_projections import JoinedProjections
 
 
 @pytest.fixture
@@ -23,23 +24,67 @@ def predict(model, tiny):
 
 
 def joined(model):
-    return [module for module in model.modules() if isinstance(module, JoinedProjectionsMixin)]
+    return [module for module in model.modules() if isinstance(module, JoinedProjections)]
 
 
-def test_joined_projections_give_the_same_and_are_kept_once(transformer, tiny):
-    expected, state = predict(transformer, tiny), copy.deepcopy(transformer.state_dict())
-    transformer.fuse_qkv_projections()
-    names = {name.rpartition(".")[2] for name, _ in transformer.named_modules()}
-    assert {"to_qkv", "gate_up_proj"} <= names
-    torch.testing.assert_close(predict(transformer, tiny), expected)
-    for module in joined(transformer):
+def assert_kept_once(model):
+    for module in joined(model):
         weight = getattr(module, module._joined_projection).weight
         storages = {getattr(module, name).weight.untyped_storage().data_ptr() for name in module._single_projections}
         assert storages == {weight.untyped_storage().data_ptr()}
 
+
+def test_joined_projections_give_the_same_and_are_kept_once(transformer, tiny):
+    expected, state = predict(transformer, tiny), copy.deepcopy(transformer.state_dict())
+    random_state = torch.get_rng_state()
+    transformer.fuse_qkv_projections()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    names = {name.rpartition(".")[2] for name, _ in transformer.named_modules()}
+    assert {"to_qkv", "gate_up_proj"} <= names
+    torch.testing.assert_close(predict(transformer, tiny), expected)
+    assert_kept_once(transformer)
+
     saved = transformer.state_dict()
     assert list(saved) == list(state)
     assert all(torch.equal(saved[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.to(torch.float64).to(torch.float32),
+    ],
+)
+def test_copied_and_cast_they_are_still_kept_once(transformer, tiny, change):
+    expected = predict(transformer, tiny)
+    transformer.fuse_qkv_projections()
+    changed = change(transformer)
+    assert_kept_once(changed)
+    torch.testing.assert_close(predict(changed, tiny), expected)
+
+
+def test_weights_are_loaded_into_joined_projections(transformer, tiny):
+    state = {name: 0.5 * value for name, value in transformer.state_dict().items()}
+    plain = copy.deepcopy(transformer)
+    plain.load_state_dict(state)
+    transformer.fuse_qkv_projections()
+    transformer.load_state_dict(state)
+    torch.testing.assert_close(predict(transformer, tiny), predict(plain, tiny))
+    transformer.load_state_dict({name: value for name, value in state.items() if "to_q." in name}, strict=False)
+    torch.testing.assert_close(predict(transformer, tiny), predict(plain, tiny))
+
+
+def test_frozen_projections_stay_frozen(transformer):
+    transformer.requires_grad_(False).fuse_qkv_projections()
+    assert not any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def test_joined_projections_take_no_adapters(transformer):
+    transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="projections of this transformer are fused"):
+        transformer.add_adapter(LoraConfig(r=2, target_modules=["up_proj"]))
 
 
 def test_taken_apart_they_are_as_before(transformer, tiny):

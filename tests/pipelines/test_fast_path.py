@@ -98,16 +98,56 @@ def test_it_is_the_compiled_code_that_draws(tiny, monkeypatch):
     assert not seen
 
 
-def test_blocks_are_compiled_once_and_for_the_last_scale(tiny):
-    pipe, compiled = pipeline(tiny), []
+@pytest.fixture
+def compiled_blocks(tiny):
+    """A backend of torch.compile and the shapes `(rows, tokens)` of the blocks that it has compiled."""
+    shapes, width = [], tiny.pipe.transformer.inner_dim
 
     def backend(graph, example_inputs):
-        compiled.append({tuple(value.shape) for value in example_inputs if isinstance(value, torch.Tensor)})
+        tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+        caches = [tensor for tensor in tensors if tensor.ndim == 4 and tensor.shape[2] > 1]
+        if caches:
+            shapes.extend(tuple(tensor.shape[:2]) for tensor in tensors if tensor.shape[2:] == (width,))
         return graph
 
-    pipe.enable_fast_path(compile_options={"backend": backend})
-    assert len(compiled) == 3  # a block, the residual MLP, the decoder
-    assert (2, tiny.scales[-1] ** 2, pipe.transformer.inner_dim) in compiled[0]
+    return backend, shapes
+
+
+@pytest.mark.parametrize("batch_sizes", [1, (1, 2, 3, 4)])
+def test_blocks_are_compiled_once_and_for_about_the_last_scale(tiny, compiled_blocks, batch_sizes):
+    backend, shapes = compiled_blocks
+    pipeline(tiny).enable_fast_path(batch_sizes=batch_sizes, compile_options={"backend": backend})
+    assert tiny.scales[-1] == 6
+    assert shapes == [(2, 35)]
+
+
+def test_blocks_are_compiled_for_the_last_scale_where_guidance_ends_before_it(tiny, compiled_blocks):
+    backend, shapes = compiled_blocks
+    scheduler = HARTScheduler(schedules=(tiny.scales,), guidance_interval=(0.0, 0.6))
+    pipeline(tiny, scheduler=scheduler).enable_fast_path(compile_options={"backend": backend})
+    assert shapes == [(2, 35), (1, 35)]  # what is of one row is compiled by itself
+
+
+def test_what_is_recorded_in_inference_mode_is_compiled_for_the_last_scale(tiny, recorded, compiled_blocks):
+    backend, shapes = compiled_blocks
+    pipe = recorded(compile_models=True, compile_options={"backend": backend})
+    shapes.clear()
+    pipe.transformer.fuse_qkv_projections()
+    with torch.inference_mode():
+        draw(pipe)
+    assert shapes == [(2, 35)]
+
+
+def test_compiled_blocks_of_the_plain_way_serve_several_sizes_and_numbers(tiny, compiled_blocks):
+    backend, shapes = compiled_blocks
+    sizes = (tiny.scales, tiny.scales[:-1], (*tiny.scales, 8))
+    pipe = pipeline(tiny, scheduler=HARTScheduler(schedules=sizes))
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for batch_size in (1, 2):
+        for scales in sizes:
+            height = scales[-1] * pipe.vae_scale_factor
+            assert draw(pipe, height=height, num_images_per_prompt=batch_size).isfinite().all()
+    assert len(shapes) <= 5
 
 
 def test_what_is_not_prepared_is_drawn_the_plain_way_with_one_warning(tiny, caplog):
@@ -313,7 +353,8 @@ class RepeatedCall:
     def __call__(self, **inputs):
         for name, value in inputs.items():
             self.inputs[name].copy_(torch.as_tensor(value))
-        output = self.function(**self.inputs)
+        with torch.inference_mode(False), torch.no_grad():  # a graph knows no mode but that of its record
+            output = self.function(**self.inputs)
         for place, value in zip(self._tensors(self.output), self._tensors(output)):
             place.copy_(value)
         return self.output
@@ -327,9 +368,9 @@ class RepeatedCall:
 def recorded(tiny, monkeypatch):
     """A function that makes the pipeline of given components with a fast path of recorded calls."""
 
-    def make(compile_models=False, **changes):
+    def make(compile_models=False, compile_options=EAGER, **changes):
         pipe = pipeline(tiny, **changes)
-        pipe.enable_fast_path(compile_models=compile_models, compile_options=EAGER)
+        pipe.enable_fast_path(compile_models=compile_models, compile_options=compile_options)
         pipe._fast_path._runs.clear()
         pipe._fast_path.accepts_new = pipe._fast_path.graphs = True
         for batch_size in (1, 2):

@@ -148,7 +148,7 @@ class HARTLoraLoaderMixin(LoraBaseMixin):
             configs[name] = lora_config_kwargs(tensors, settings)
         adapter_name = self._check_adapter_name(adapter_name, hotswap, set(parts))
         if "transformer" in parts:
-            _check_projections_apart(models["transformer"])
+            models["transformer"].check_projections_apart()
 
         for name, (tensors, _) in parts.items():
             if isinstance(models[name], ModelMixin):
@@ -344,14 +344,6 @@ def _check_not_wrapped(models: dict[str, nn.Module | None]) -> None:
                 f"The {name} is wrapped by `torch.compile`, where diffusers does not look for adapters: compile it in "
                 f"place, with `{name}.compile()` or, of diffusers' models, `{name}.compile_repeated_blocks()`."
             )
-
-
-def _check_projections_apart(transformer: nn.Module) -> None:
-    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
-        raise ValueError(
-            "The projections of this transformer are fused, so that LoRA layers on them would do nothing: call "
-            "`transformer.unfuse_qkv_projections()` first."
-        )
 
 
 def _only_pickle(source: str | os.PathLike) -> str | None:

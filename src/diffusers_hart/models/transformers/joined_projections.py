@@ -5,11 +5,11 @@ import torch
 import torch.nn as nn
 
 
-class JoinedProjectionsMixin:
+class JoinedProjections(nn.Module):
     """
-    For modules with several linear layers that read the same: they can be joined into one, which saves launches. Unlike
-    diffusers' own joining, it lets some have no bias, keeps no weight twice, and what is saved of a joined model stays
-    the several.
+    A module with several linear layers that read the same: they can be joined into one, which saves launches. Unlike
+    diffusers' own joining, it lets some have no bias, the several share the memory of the one, and a joined model is
+    saved and loaded as the several.
     """
 
     fused_projections = False
@@ -30,26 +30,16 @@ class JoinedProjectionsMixin:
         if self.fused_projections:
             return
         self.check_projections()
-        projections = self._projections()
-        weight, bias = torch.cat([projection.weight for projection in projections]), None
-        if any(projection.bias is not None for projection in projections):
-            biases = [weight.new_zeros(projection.out_features) for projection in projections]
-            biases = [zeros if layer.bias is None else layer.bias for zeros, layer in zip(biases, projections)]
-            bias = torch.cat(biases)
-        joined = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
-        joined.weight.copy_(weight)
-        if bias is not None:
-            joined.bias.copy_(bias)
+        first, *_ = projections = self._projections()
+        has_bias = any(projection.bias is not None for projection in projections)
+        width = sum(projection.out_features for projection in projections)
+        joined = nn.Linear(first.in_features, width, bias=has_bias, device="meta")
+        joined.requires_grad_(first.weight.requires_grad)
+        weights = {name: _joined(projections, name) for name, _ in joined.named_parameters()}
+        joined.load_state_dict(weights, assign=True)
         setattr(self, self._joined_projection, joined)
-        # The several, of which the model is saved, become views: nothing is kept twice.
-        start = 0
-        for projection in projections:
-            end = start + projection.out_features
-            projection.weight.data = joined.weight.data[start:end]
-            if projection.bias is not None:
-                projection.bias.data = joined.bias.data[start:end]
-            start = end
         self.fused_projections = True
+        self._share_memory()
         self._saved_layout = self.register_state_dict_post_hook(_without_joined_projection)
 
     @torch.no_grad()
@@ -67,10 +57,50 @@ class JoinedProjectionsMixin:
     def _projections(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self._single_projections]
 
+    def _share_memory(self):
+        """Make the weights of the several views of the one's."""
+        joined, start = getattr(self, self._joined_projection), 0
+        if type(joined.weight.data) is not torch.Tensor:  # quantized since, as are the several
+            return
+        for projection in self._projections():
+            end = start + projection.out_features
+            for name, parameter in projection.named_parameters():
+                parameter.data = getattr(joined, name).data[start:end]
+            start = end
 
-def _without_joined_projection(
-    module: JoinedProjectionsMixin, state_dict: dict[str, Any], prefix: str, local_metadata: dict
-):
+    # Moving, casting, copying and unpickling make tensors of their own of each parameter.
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        if self.fused_projections:
+            self._share_memory()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]):
+        super().__setstate__(state)
+        if self.fused_projections:
+            self._share_memory()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args):
+        if self.fused_projections:
+            for name, parameter in getattr(self, self._joined_projection).named_parameters():
+                widths = [projection.out_features for projection in self._projections()]
+                keys = [f"{prefix}{projection}.{name}" for projection in self._single_projections]
+                parts = zip(keys, parameter.detach().split(widths))
+                parts = [state_dict.get(key, part).to(part.device) for key, part in parts]
+                state_dict[f"{prefix}{self._joined_projection}.{name}"] = torch.cat(parts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _joined(projections: list[nn.Linear], name: str) -> torch.Tensor:
+    """The weights or biases of `projections` in one; a bias of 0 where there is none."""
+    like = projections[0].weight
+    parts = (getattr(projection, name) for projection in projections)
+    zeros = (like.new_zeros(projection.out_features) for projection in projections)
+    return torch.cat([zero if part is None else part for part, zero in zip(parts, zeros)])
+
+
+def _without_joined_projection(module: JoinedProjections, state_dict: dict[str, Any], prefix: str, _: dict):
     for name in ("weight", "bias"):
         state_dict.pop(f"{prefix}{module._joined_projection}.{name}", None)
         for projection in module._single_projections:  # of storages of their own: some who save leave out shared ones

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..strict_loading import StrictLoadingMixin
-from .joined_projections import JoinedProjectionsMixin
+from .joined_projections import JoinedProjections
 
 
 @dataclass
@@ -42,11 +42,26 @@ class HARTTransformer2DModelOutput(BaseOutput):
 
 class HARTKVLayer(NamedTuple):
     """
-    Where one block's keys and values lie in a [`HARTKVCache`]: its buffers and the first and last token (exclusive). The
-    last tokens are those of the scale being predicted: the block writes them before it attends to all.
+    Keys and values of one block, views of a [`HARTKVCache`] of shape `(batch_size, tokens, heads, head_dim)`. The last
+    tokens are those of the scale being predicted: the block writes them before it attends to all.
+    """
 
-    The slices are made by the block, since compilers know of their own slices how they are aligned. Of views that they
-    are given they do not, and load and store element by element.
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the scale's keys and values; returns those of all tokens."""
+        start = self.key.shape[1] - key.shape[1]
+        self.key[:, start:] = key
+        self.value[:, start:] = value
+        return self.key, self.value
+
+
+class HARTKVSlice(NamedTuple):
+    """
+    The same as [`HARTKVLayer`], the whole buffers of the cache with the first token of a block and the one behind its
+    last. Compilers know of slices that they make how these are aligned. Of views that they are given they do not, and
+    load and store element by element.
     """
 
     key: torch.Tensor
@@ -55,11 +70,9 @@ class HARTKVLayer(NamedTuple):
     end: int
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the scale's keys and values; returns those of all tokens, `(batch_size, tokens, heads, head_dim)`."""
-        scale_start = self.end - key.shape[1]
-        self.key[:, scale_start : self.end] = key
-        self.value[:, scale_start : self.end] = value
-        return self.key[:, self.start : self.end], self.value[:, self.start : self.end]
+        """Write the scale's keys and values; returns those of all tokens."""
+        whole = slice(self.start, self.end)
+        return HARTKVLayer(self.key[:, whole], self.value[:, whole]).append(key, value)
 
 
 class HARTKVCache:
@@ -72,11 +85,16 @@ class HARTKVCache:
     before it were, which nothing reads any more. So blocks are stored in descending order, the first one at the end:
     `key` and `value` have the shape `(batch_size, 2 + num_layers * capacity + last_tokens, heads, head_dim)`. The two
     tokens before them all are there for compilers, to which a block that starts at 0 or 1 would be a case of its own.
+
+    Args:
+        sliced_by_blocks (`bool`, defaults to `False`):
+            Whether blocks get the whole buffers and slice them, which is faster where they are compiled for all scales.
     """
 
     first_start = 2
 
-    def __init__(self):
+    def __init__(self, sliced_by_blocks: bool = False):
+        self.sliced_by_blocks = sliced_by_blocks
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
         self.num_layers = 0
@@ -107,10 +125,15 @@ class HARTKVCache:
         self.length = self.num_scales = 0
         self.temb, self.offset = temb, offset
 
-    def layers(self, new_tokens: int) -> list[HARTKVLayer]:
+    def layers(self, new_tokens: int) -> list[HARTKVLayer | HARTKVSlice]:
         """What each block gets at a scale of `new_tokens` tokens."""
         starts = [self.first_start + (self.num_layers - 1 - i) * self.capacity for i in range(self.num_layers)]
-        return [HARTKVLayer(self.key, self.value, start, start + self.length + new_tokens) for start in starts]
+        total = self.length + new_tokens
+        if self.sliced_by_blocks:
+            return [HARTKVSlice(self.key, self.value, start, start + total) for start in starts]
+        return [
+            HARTKVLayer(self.key[:, start : start + total], self.value[:, start : start + total]) for start in starts
+        ]
 
     def close_scale(self, new_tokens: int, hidden_states: torch.Tensor):
         """Count a scale that all blocks have written; `hidden_states` is what the last one made of it."""
@@ -216,7 +239,7 @@ class HARTAttnProcessor:
         hidden_states: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         segments: Sequence[int] | None = None,
-        kv_cache: HARTKVLayer | None = None,
+        kv_cache: HARTKVLayer | HARTKVSlice | None = None,
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -249,7 +272,7 @@ class HARTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
-class HARTAttention(nn.Module, JoinedProjectionsMixin, AttentionModuleMixin):
+class HARTAttention(JoinedProjections, AttentionModuleMixin):
     """Self-attention with biases on query and value but not on key and, optionally, sharpened cosine similarity."""
 
     _joined_projection, _single_projections = "to_qkv", ("to_q", "to_k", "to_v")
@@ -274,7 +297,7 @@ class HARTAttention(nn.Module, JoinedProjectionsMixin, AttentionModuleMixin):
         return self.processor(self, hidden_states, **kwargs)
 
 
-class HARTFeedForward(nn.Module, JoinedProjectionsMixin):
+class HARTFeedForward(JoinedProjections):
     _joined_projection, _single_projections = "gate_up_proj", ("gate_proj", "up_proj")
 
     def __init__(self, dim: int, mlp_ratio: float):
@@ -306,7 +329,7 @@ class HARTTransformerBlock(nn.Module):
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         temb: torch.Tensor | None = None,
         segments: Sequence[int] | None = None,
-        kv_cache: HARTKVLayer | None = None,
+        kv_cache: HARTKVLayer | HARTKVSlice | None = None,
     ) -> torch.Tensor:
         # The pretrained weights use one norm weight before the attention and before the MLP.
         attention = {"rotary_emb": rotary_emb, "segments": segments, "kv_cache": kv_cache}
@@ -464,7 +487,7 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         Join the projections of a block that read the same: query, key and value, and gate and up of the MLP. Raises
         `ValueError` if there are adapters on them.
         """
-        modules = [module for module in self.modules() if isinstance(module, JoinedProjectionsMixin)]
+        modules = [module for module in self.modules() if isinstance(module, JoinedProjections)]
         for module in modules:
             module.check_projections()
         for module in modules:
@@ -473,8 +496,21 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
     def unfuse_qkv_projections(self):
         """Go back to several projections."""
         for module in self.modules():
-            if isinstance(module, JoinedProjectionsMixin):
+            if isinstance(module, JoinedProjections):
                 module.unfuse_projections()
+
+    def check_projections_apart(self):
+        """Raises `ValueError` if projections are joined: LoRA layers on the several would do nothing."""
+        if any(module.fused_projections for module in self.modules() if isinstance(module, JoinedProjections)):
+            raise ValueError(
+                "The projections of this transformer are fused, so that LoRA layers on them would do nothing: call "
+                "`transformer.unfuse_qkv_projections()` first."
+            )
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default"):
+        """As in diffusers. Raises `ValueError` if projections are joined."""
+        self.check_projections_apart()
+        super().add_adapter(adapter_config, adapter_name)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -54,7 +54,7 @@ def state_of(model: nn.Module) -> tuple:
     What a recorded call of `model` depends on beside the values of its weights: where these lie, the attention backends
     and the adapters. If it has changed the record is of no use.
     """
-    state, modules = [], [model]  # walked by hand, in half the time of `model.modules()`: the device waits meanwhile
+    state, modules = [], [model]  # walked by hand, which is faster than `model.modules()`: the device waits meanwhile
     while modules:
         module = modules.pop()
         modules += [child for child in module._modules.values() if child is not None]
@@ -168,7 +168,7 @@ class FastRun:
         self.label = label
         self.models = (transformer, residual_mlp)
         self.scheduler: Any = None  # whose drawing is recorded, if it is; known when the run is borrowed
-        self.kv_cache = HARTKVCache()
+        self.kv_cache = HARTKVCache(sliced_by_blocks=path.compiles)
         self._recorded: dict[Any, RecordedCall] = {}
         self._cache_states: dict[int, dict[str, Any]] = {}
 
@@ -188,8 +188,8 @@ class FastRun:
             inputs |= condition
         inputs = {name: value for name, value in inputs.items() if value is not None}
         block = self.path.compiled(run_block)
-        if scale_index == 0:
-            self._fit_to_last_scale(block, next(iter(condition.values())), scales)
+        rows = len(next(iter(condition.values())) if hidden_states is None else hidden_states)
+        self._fit_to_last_scale(block, rows, scales[-1])
         # As it is now, for each time this is run; but the buffers that the first scale allocates stay.
         before = {name: value for name, value in vars(kv_cache).items() if value is not None}
 
@@ -218,29 +218,29 @@ class FastRun:
             vars(kv_cache).update(self._cache_states.setdefault(scale_index, dict(vars(kv_cache))))
         return HARTTransformer2DModelOutput(logits=logits, hidden_states=hidden_states)
 
-    def _fit_to_last_scale(self, block: Callable, condition: torch.Tensor, scales: tuple[int, ...]):
+    def _fit_to_last_scale(self, block: Callable, rows: int, side: int):
         """
-        Run the first block on a last scale of zeros before anything else. A compiler that makes one code for all scales
-        chooses it by the first it sees, and it is the last one that takes the time.
+        Run the first block on about a last scale of zeros before anything else. A compiler that makes one code for all
+        scales chooses it by the first it sees, and it is the last one that takes the time.
         """
-        model, rows = self.models[0], len(condition)
-        kind = min(rows, 2)  # a batch of one is compiled by itself
-        if not self.path.compiles or kind in self.path.fitted or len(scales) == 1:
+        rows = min(rows, 2)  # a batch of one is compiled by itself
+        if not self.path.compiles or rows in self.path.fitted or side == 1:
             return
-        self.path.fitted.add(kind)
-        first_tokens = 1 if model.config.num_classes is not None else condition.shape[1]
-        zeros = partial(torch.zeros, dtype=model.dtype, device=condition.device)
+        self.path.fitted.add(rows)
+        model = self.models[0]
         heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
-        last_tokens = scales[-1] ** 2
-        hidden_states = zeros(rows, last_tokens, model.inner_dim)
-        temb, offset = zeros(rows, model.inner_dim), zeros(rows)
-        kv_cache = HARTKVCache()
-        capacity = first_tokens + sum(side * side for side in scales[1:-1])
-        kv_cache.open(1, capacity, last_tokens, heads, hidden_states, temb, offset)
-        kv_cache.close_scale(capacity, hidden_states)
-        rotary_emb = tuple(zeros(rows, last_tokens, 1, head_dim) for _ in range(2))
-        (layer,) = kv_cache.layers(last_tokens)
-        block(model.transformer_blocks[0], hidden_states, rotary_emb, temb, None, layer)
+        # Odd, as is the length of the cache: to a compiler sizes that are equal by chance, to a width say, are one size.
+        tokens, cached = side * side - 1 + side % 2, 2 * side * side
+        # In the mode that it is run in, see FastPath.record.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not self.path.graphs), torch.no_grad():
+            zeros = partial(torch.zeros, dtype=model.dtype, device=self.path.device)
+            hidden_states, temb = zeros(rows, tokens, model.inner_dim), zeros(rows, model.inner_dim)
+            kv_cache = HARTKVCache(sliced_by_blocks=True)
+            kv_cache.open(1, cached, tokens, heads, hidden_states, temb, zeros(rows))
+            kv_cache.length = cached
+            rotary_emb = tuple(zeros(rows, tokens, 1, head_dim) for _ in range(2))
+            (layer,) = kv_cache.layers(tokens)
+            block(model.transformer_blocks[0], hidden_states, rotary_emb, temb, None, layer)
 
     def draw(
         self,

@@ -194,8 +194,8 @@ class HARTGenerationMixin:
         r"""
         Compile the models and record CUDA graphs for pictures of given sizes and numbers, and use these for all calls
         that fit, with results as before. Takes a while, shown by the progress bar. Other calls go the plain way, as
-        they do while another thread uses what is recorded. Where adapters are loaded, weighed or taken off, or the
-        projections of attention are joined, the next call records anew.
+        they do while another thread uses what is recorded. Where adapters are loaded, weighed or taken off, or
+        projections are joined, the next call records anew.
 
         Each size and number keeps memory of its own for keys and values. Without CUDA blocks are only compiled. Where
         nothing can be compiled or recorded, or the models are offloaded, there is one warning and no change.
