@@ -143,6 +143,26 @@ def test_a_cache_of_other_scales_is_refused(tiny):
         tiny.pipe.transformer(scale_input, tiny.scales, scale_index=2, kv_cache=HARTKVCache())
 
 
+@pytest.mark.parametrize(
+    "tokens, scale_index, message",
+    [
+        (
+            5,
+            None,
+            r"scales 1 to K - 1 or the first of them of \(1, 2, 3, 4, 6\), 0 or 4 or 13 or 29 or 65 a sample.*5, 8",
+        ),
+        (None, None, "is None"),
+        (8, 2, r"tokens of scale 2 of \(1, 2, 3, 4, 6\), 9 a sample, and is of shape \(2, 8, 8\)"),
+    ],
+)
+def test_tokens_that_are_not_whole_scales_are_refused(tiny, tokens, scale_index, message):
+    assert tiny.scales == (1, 2, 3, 4, 6)
+    scale_inputs = None if tokens is None else torch.zeros(2, tokens, 8)
+    condition = (tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"])
+    with pytest.raises(ValueError, match=message):
+        tiny.pipe.transformer(scale_inputs, tiny.scales, *condition, scale_index=scale_index)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"caption_channels": None}, {"num_classes": 10}])
 def test_a_model_has_exactly_one_kind_of_condition(kwargs):
     tiny_sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}

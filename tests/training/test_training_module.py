@@ -259,6 +259,11 @@ def test_mistakes_are_made_up_for_by_the_scales_behind_them(pipe, batch):
     assert torch.equal(targets.codes[:, third], torch.cdist(pooled, pipe.vae.codebook.weight[None]).argmin(-1))
 
 
+def test_self_correction_of_the_first_scales_alone_is_refused(pipe):
+    with pytest.raises(ValueError, match="`num_scales`=3.*goes without `self_correction`=0.4"):
+        make_module(pipe, num_scales=3, self_correction=0.4)
+
+
 @torch.no_grad()
 def test_self_correction_draws_some_tokens_before_the_last_scale(pipe, batch):
     targets, text = batch

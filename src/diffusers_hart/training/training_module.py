@@ -44,6 +44,9 @@ class HARTTrainingModule(nn.Module):
         num_scales (`int`, *optional*):
             Train on the first so many scales alone, without the residual: what is where, for a fraction of the cost of
             a picture. Goes without self-correction.
+
+    Raises:
+        ValueError: If both `num_scales` and `self_correction` are given.
     """
 
     _no_split_modules = ["HARTTransformerBlock", "ResidualMLPBlock"]  # what FSDP shards by
@@ -67,6 +70,10 @@ class HARTTrainingModule(nn.Module):
         num_scales: int | None = None,
     ):
         super().__init__()
+        if num_scales is not None and self_correction:
+            raise ValueError(
+                f"`num_scales`={num_scales}, the first scales alone, goes without `self_correction`={self_correction}."
+            )
         self.transformer = transformer
         self.residual_mlp = residual_mlp
         self.register_buffer("codebook", vae.codebook.weight.detach().float().clone(), persistent=False)

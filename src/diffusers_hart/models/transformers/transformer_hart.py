@@ -559,8 +559,12 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
 
         Returns:
             [`HARTTransformer2DModelOutput`] or `tuple`: logits and hidden states.
+
+        Raises:
+            ValueError: If `hidden_states` are not the tokens of whole scales, or the cache not that of the scales before.
         """
         # 1. The condition, once a picture
+        self._check_scale_inputs(hidden_states, scales, scale_index)
         opens_sequence = not scale_index
         run_block = run_block or _run_block
         if opens_sequence:
@@ -660,6 +664,23 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         temb = text.amax(dim=1)
         offset = encoder_attention_mask.long().sum(-1).float() - 1
         return text + self._level(0, text), self.rotary_embed.text(encoder_attention_mask), temb, offset
+
+    def _check_scale_inputs(
+        self, hidden_states: torch.Tensor | None, scales: Sequence[int], scale_index: int | None
+    ) -> None:
+        if scale_index == 0:
+            return
+        if scale_index is None:
+            expected = list(itertools.accumulate((side * side for side in scales[1:]), initial=0))
+            which = "the scales 1 to K - 1 or the first of them"
+        else:
+            expected, which = [scales[scale_index] ** 2], f"scale {scale_index}"
+        if hidden_states is None or hidden_states.shape[1] not in expected:
+            given = "None" if hidden_states is None else f"of shape {tuple(hidden_states.shape)}"
+            tokens = " or ".join(str(count) for count in expected)
+            raise ValueError(
+                f"`hidden_states` must be the tokens of {which} of {tuple(scales)}, {tokens} a sample, and is {given}."
+            )
 
     def _embed_scales(
         self,
