@@ -4,8 +4,10 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils import clean_state_dict_for_safetensors
 from peft import LoraConfig
 
+from diffusers_hart import HARTTransformer2DModel
 from diffusers_hart.models.transformers.joined_projections import JoinedProjections
 
 
@@ -15,12 +17,9 @@ def transformer(tiny):
 
 
 def predict(model, tiny):
-    condition = {
-        "encoder_hidden_states": tiny["in.prompt_embeds"],
-        "encoder_attention_mask": tiny["in.prompt_attention_mask"],
-    }
+    condition = (tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"])
     with torch.no_grad():
-        return model(None, tiny.scales, **condition, scale_index=0).logits
+        return model(tiny["tok.scale_inputs"], tiny.scales, *condition).logits
 
 
 def joined(model):
@@ -47,6 +46,22 @@ def test_joined_projections_give_the_same_and_are_kept_once(transformer, tiny):
     saved = transformer.state_dict()
     assert list(saved) == list(state)
     assert all(torch.equal(saved[name], state[name]) for name in state)
+
+
+def test_a_joined_model_is_saved_as_the_several(transformer, tmp_path):
+    plain = copy.deepcopy(transformer)
+    transformer.fuse_qkv_projections()
+    for module in joined(transformer):
+        getattr(module, module._joined_projection).weight.data.mul_(2)
+    transformer.save_pretrained(tmp_path)
+    saved = joined(HARTTransformer2DModel.from_pretrained(tmp_path))
+    for module, original in zip(saved, joined(plain), strict=True):
+        for name in module._single_projections:
+            assert torch.equal(getattr(module, name).weight, 2 * getattr(original, name).weight)
+    for _ in range(2):  # joined and taken apart: accelerate leaves out what shares memory
+        state = transformer.state_dict()
+        assert clean_state_dict_for_safetensors(state).keys() == state.keys()
+        transformer.unfuse_qkv_projections()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from accelerate.utils import clean_state_dict_for_safetensors
 from safetensors.torch import load_file
 
 from diffusers_hart import HARTKVCache, HARTTransformer2DModel
@@ -171,42 +170,6 @@ def test_a_model_has_exactly_one_kind_of_condition(kwargs):
         return
     with pytest.raises(ValueError, match="`caption_channels` or `num_classes`"):
         HARTTransformer2DModel(**tiny_sizes, **kwargs)
-
-
-@torch.no_grad()
-def test_fused_projections_change_nothing(tiny, assert_close):
-    transformer = HARTTransformer2DModel.from_config(tiny.pipe.transformer.config).eval()
-    transformer.load_state_dict(tiny.pipe.transformer.state_dict())
-    arguments = (tiny["tok.scale_inputs"], tiny.scales, tiny["in.prompt_embeds"], tiny["in.prompt_attention_mask"])
-    before = transformer(*arguments).logits
-    transformer.fuse_qkv_projections()
-    assert transformer.transformer_blocks[0].attn.fused_projections
-    assert transformer.state_dict().keys() == tiny.pipe.transformer.state_dict().keys()  # what is saved stays unfused
-    assert_close(transformer(*arguments).logits, before, atol=1e-5)
-    transformer.unfuse_qkv_projections()
-    assert torch.equal(transformer(*arguments).logits, before)
-
-
-@torch.no_grad()
-def test_fused_projections_take_no_memory_and_are_saved_as_three(tiny, tmp_path):
-    transformer = HARTTransformer2DModel.from_config(tiny.pipe.transformer.config)
-    transformer.load_state_dict(tiny.pipe.transformer.state_dict())
-    transformer.fuse_qkv_projections()
-    attn = transformer.transformer_blocks[0].attn
-    storages = {
-        module.weight.untyped_storage().data_ptr() for module in (attn.to_qkv, attn.to_q, attn.to_k, attn.to_v)
-    }
-    assert len(storages) == 1
-    attn.to_qkv.weight.mul_(2)
-    transformer.save_pretrained(tmp_path)
-    saved = HARTTransformer2DModel.from_pretrained(tmp_path).transformer_blocks[0].attn
-    original = tiny.pipe.transformer.transformer_blocks[0].attn
-    for name in ("to_q", "to_k", "to_v"):
-        assert torch.equal(getattr(saved, name).weight, 2 * getattr(original, name).weight)
-    # accelerate leaves out what shares memory
-    assert clean_state_dict_for_safetensors(transformer.state_dict()).keys() == transformer.state_dict().keys()
-    transformer.unfuse_qkv_projections()
-    assert clean_state_dict_for_safetensors(transformer.state_dict()).keys() == transformer.state_dict().keys()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny):

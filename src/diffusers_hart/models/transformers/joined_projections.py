@@ -83,11 +83,12 @@ class JoinedProjections(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args):
         if self.fused_projections:
+            widths = [projection.out_features for projection in self._projections()]
             for name, parameter in getattr(self, self._joined_projection).named_parameters():
-                widths = [projection.out_features for projection in self._projections()]
-                keys = [f"{prefix}{projection}.{name}" for projection in self._single_projections]
-                parts = zip(keys, parameter.detach().split(widths))
-                parts = [state_dict.get(key, part).to(part.device) for key, part in parts]
+                parts = [
+                    state_dict.get(f"{prefix}{projection}.{name}", part).to(part.device)
+                    for projection, part in zip(self._single_projections, parameter.detach().split(widths))
+                ]
                 state_dict[f"{prefix}{self._joined_projection}.{name}"] = torch.cat(parts)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

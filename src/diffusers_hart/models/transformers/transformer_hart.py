@@ -193,6 +193,11 @@ class HARTRotaryPosEmbed:
         return angles.cos()[:, :, None], sin[:, :, None]
 
 
+def token_counts(scales: Sequence[int]) -> list[int]:
+    """How many tokens the scales 1 to k have together, for `k` from 0 to the last."""
+    return list(itertools.accumulate((side * side for side in scales[1:]), initial=0))
+
+
 def scale_coordinates(scales: Sequence[int], scale_index: int, device: torch.device) -> torch.Tensor:
     """Rows and columns `(side * side, 2)` of a scale's tokens, float32, in tokens of the last scale."""
     axis = torch.arange(scales[scale_index], device=device, dtype=torch.float32) * (scales[-1] / scales[scale_index])
@@ -585,8 +590,7 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         # 2. The tokens of the scales
         segments = None
         if scale_index is None:
-            ends = list(itertools.accumulate((side * side for side in scales[1:]), initial=1))
-            indices = range(1, ends.index(1 + hidden_states.shape[1]) + 1)
+            indices = range(1, token_counts(scales).index(hidden_states.shape[1]) + 1)
             hidden_states, visual_rotary_emb, lengths = self._embed_scales(
                 hidden_states, indices, scales, offset, kept_tokens
             )
@@ -671,7 +675,7 @@ class HARTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAd
         if scale_index == 0:
             return
         if scale_index is None:
-            expected = list(itertools.accumulate((side * side for side in scales[1:]), initial=0))
+            expected = token_counts(scales)
             which = "the scales 1 to K - 1 or the first of them"
         else:
             expected, which = [scales[scale_index] ** 2], f"scale {scale_index}"

@@ -54,10 +54,8 @@ def state_of(model: nn.Module) -> tuple:
     What a recorded call of `model` depends on beside the values of its weights: where these lie, the attention backends
     and the adapters. If it has changed the record is of no use.
     """
-    state, modules = [], [model]  # walked by hand, which is faster than `model.modules()`: the device waits meanwhile
-    while modules:
-        module = modules.pop()
-        modules += [child for child in module._modules.values() if child is not None]
+    state = []
+    for module in model.modules():
         state += [address(parameter) for parameter in module._parameters.values() if parameter is not None]
         has_adapters, is_attention = kind_of(type(module))
         if has_adapters:
@@ -322,13 +320,13 @@ class FastPath:
         self._decoded_sizes: set[tuple] = set()
         self._told: set[tuple] = set()
 
-    def compiled(self, function: Callable, label: str | None = None) -> Callable:
+    def compiled(self, function: Callable, label: str = "any") -> Callable:
         """`function` compiled, for the shapes that `label` stands for or, without one, for all."""
-        name = f"{function.__name__}_{label or 'any'}"
+        name = f"{function.__name__}_{label}"
         if name not in self._compiled:
-            function = counted_alone(function, label or "any")
+            function = counted_alone(function, label)
             if self.compiles:
-                function = torch.compile(function, fullgraph=True, dynamic=label is None, **self.compile_options)
+                function = torch.compile(function, fullgraph=True, dynamic=label == "any", **self.compile_options)
             self._compiled[name] = function
         return self._compiled[name]
 

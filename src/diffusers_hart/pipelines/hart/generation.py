@@ -234,9 +234,7 @@ class HARTGenerationMixin:
             logger.warning(f"No CUDA graphs on {device.type}: the fast path only compiles there.")
         self._fast_path = FastPath(device, graphs, compile_models, compile_options)
         # The largest first: kernels for all sizes are chosen for it.
-        kinds = [
-            (size, number) for size in sorted(sizes, reverse=True) for number in sorted(batch_sizes, reverse=True)
-        ]
+        kinds = [(size, batch_size) for size in sorted(sizes, reverse=True) for batch_size in batch_sizes]
         try:
             with self.progress_bar(total=len(kinds)) as progress_bar:
                 for (height, _, guidance_scale, num_inference_steps), batch_size in kinds:
